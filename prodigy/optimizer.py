@@ -1,0 +1,508 @@
+"""The step that every method of the family shares.
+
+    step = gather -> [look -> prepare] -> observe and advance, one pass -> adapt -> store
+
+A method fills in what its paper's box says and nothing else:
+
+    buffers(group)           which tensors it keeps per parameter, under the reference packages' keys
+    scalars(group, t)        what changes from step to step and is the same for all entries
+    observe(x, g, s, h)      update statistics; return the sums that run over all tensors
+    advance(x, g, s, h)      move the point
+    adapt(groups, totals)    the new d from the sums: torch.where only, never a host read
+    look(x, g, s, h), prepare(groups, totals)   for methods whose step needs this gradient's own size
+
+``x, g`` are one tensor or a ``Vec`` of all tensors of a group, in float32 or wider; ``s`` maps buffer
+names to the same; ``h`` holds the scalars (floats, or 0-d tensors when they live on the device).
+``g`` is the step's own clean copy of the gradient (``p.grad`` is never written): a body may use it
+as scratch. The loop over parameters stands in ``Family._pass`` and nowhere else.
+"""
+
+import inspect
+import logging
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, atleast_1d
+
+from .pieces import finite, join, residual, store_, working_dtype
+from .vec import Vec
+
+log = logging.getLogger("prodigy")
+
+# Every numeric argument of the family with its range, checked at construction for every group.
+RANGES = {
+    "lr": "[0, inf)",
+    "betas[0]": "[0, 1)",
+    "betas[1]": "[0, 1)",
+    "beta3": "[0, 1)",
+    "eps": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "weight_decay_at_y": "[0, inf)",
+    "momentum": "[0, inf)",
+    "dampening": "(-inf, inf)",
+    "alpha": "[0, 1]",
+    "lr_decay": "[0, inf)",
+    "initial_accumulator_value": "[0, inf)",
+    "inner_momentum": "[0, 1)",
+    "d0": "(0, inf)",
+    "d_coef": "(0, inf)",
+    "growth_rate": "[1, inf]",
+    "layer_scale": "(0, inf)",
+    "slice_p": "[1, inf)",
+    "peak_patience": "[1, inf)",
+    "total_training_steps": "[1, inf)",
+    "warmup_steps": "[0, inf)",
+    "r": "(-1, inf)",
+    "weight_lr_power": "[0, inf)",
+    "schedulefree_c": "[0, inf)",
+    "log_every": "[0, inf)",
+}
+INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every"}
+OPTIONAL = {"beta3", "total_training_steps"}
+MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
+
+
+def check(name, value, ranges={}):
+    """Raise a TypeError or ValueError that names the argument and its range.
+
+    >>> check("lr", -1.0)
+    Traceback (most recent call last):
+    ValueError: lr must lie in [0, inf), got -1.0
+    """
+    if value is None and name in OPTIONAL:
+        return
+    if name == "betas":
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"betas must be a pair of numbers in [0, 1), got {value!r}")
+        for index, beta in enumerate(value):
+            check(f"betas[{index}]", beta, ranges)
+        return
+    interval = ranges.get(name) or RANGES[name]
+    if isinstance(value, Tensor) and name == "lr" and value.dim() == 0:
+        return
+    kinds, kind = (int, "an integer") if name in INTEGERS else ((int, float), "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind += " or a 0-d tensor" * (name == "lr")
+        raise TypeError(f"{name} must be {kind} in {interval}, got {value!r}")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low < value or (interval[0] == "[" and low == value)
+    below = value < high or (interval[-1] == "]" and high == value)
+    if not (above and below):
+        raise ValueError(f"{name} must lie in {interval}, got {value!r}")
+
+
+class Family(torch.optim.Optimizer):
+    """Base class: a ``torch.optim.Optimizer`` whose step calls a method's ``observe`` and ``advance``.
+
+    Keyword arguments that every method takes beside its own:
+
+    foreach (bool or None): all tensors of a group in one ``torch._foreach`` call per line (None: on
+        CUDA, as in torch.optim).
+    maximize (bool): step up instead of down.
+    capturable (bool): keep step counts and a tensor ``lr`` on the device.
+    compile (bool): run the pass under ``torch.compile``.
+    differentiable, fused: accepted for torch.optim's sake, refused with a ValueError when set.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the argument and its range.
+        RuntimeError: from ``step``, before anything is written, for sparse or complex gradients and
+            for gradients whose shape, dtype or device is not the parameter's.
+    """
+
+    ranges = {}  # where a method's range differs from RANGES
+    own_clock = False  # True: t counts each parameter's own steps (torch.optim), else the group's
+    freezes = True  # a group with lr = 0 takes no part in the step at all
+    estimates = ()  # names of the group's 0-d tensors that adapt() moves
+    counters = ("k",)  # names of its numbers that are 0-d tensors too when capturable
+
+    def __init__(self, params, *, differentiable=False, fused=None, **defaults):
+        unknown = set(defaults) - set(MODES) - self._arguments(type(self))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}")
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the step writes in place")
+        if fused:
+            raise ValueError("fused=True is not supported: pass compile=True for one fused pass")
+        super().__init__(params, {**MODES, **defaults})
+
+    @staticmethod
+    def _arguments(cls):
+        codes = [c.__init__.__code__ for c in cls.__mro__ if issubclass(c, Family)]
+        return {n for c in codes for n in c.co_varnames[: c.co_argcount + c.co_kwonlyargcount]}
+
+    # what a method fills in -------------------------------------------------------------------
+    def buffers(self, group):
+        """{name: how to make it from p}, for the tensors kept per parameter."""
+        return {}
+
+    def begin(self, group):
+        """{name: value} of the group's own counters and 0-d tensors before its first step."""
+        return {}
+
+    def scalars(self, group, t):
+        """{name: number} that the bodies read as ``h.name`` in step t = 1, 2, ...; changes nothing."""
+        return {}
+
+    def observe(self, x, g, s, h):
+        return ()
+
+    def advance(self, x, g, s, h):
+        raise NotImplementedError
+
+    def adapt(self, groups, totals):
+        pass
+
+    look = None  # look(x, g, s, h) -> sums, for methods that need the gradient's size first
+
+    def prepare(self, groups, totals):
+        pass
+
+    def validate(self, group):
+        """Exclusions of a method, checked at construction and for every added group."""
+
+    # groups -----------------------------------------------------------------------------------
+    def add_param_group(self, param_group):
+        """Add a group: missing arguments are the constructor's, d and mode are inherited."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name, value in group.items():
+                if name in RANGES or name == "betas":
+                    check(name, value, self.ranges)
+            for p in group["params"]:
+                if p.is_complex():
+                    raise TypeError("complex parameters are not supported: use torch.view_as_real")
+                if p.layout != torch.strided:
+                    raise TypeError("sparse parameters are not supported")
+            self.validate(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._fill(group)
+
+    def _fill(self, group):
+        """Give a group whatever key it lacks; numbers that adapt() moves become 0-d tensors."""
+        for name, value in {**self.defaults, **self._begin(group)}.items():
+            group.setdefault(name, value)
+        self._place(group)
+
+    def _begin(self, group):
+        first = self.param_groups[0]
+        fresh = {"k": 0, "nonfinite": 0, **self.begin(group)}
+        return fresh if first is group else {**fresh, **self.inherit(first, group)}
+
+    def inherit(self, first, group):
+        """{name: value} that a group added later takes over from the first group."""
+        return {}
+
+    def _place(self, group, home=None):
+        """Keep the group's 0-d tensors where its parameters are, in their working dtype."""
+        home = group["params"][0] if home is None and group["params"] else home
+        names = self.estimates + (self.counters if group["capturable"] else ())
+        for name in (*names, "nonfinite"):
+            value = group[name]
+            if home is None and isinstance(value, Tensor):
+                continue
+            dtype = torch.int64 if name == "nonfinite" else None
+            dtype = dtype or working_dtype(home.dtype if home is not None else torch.float32)
+            if not isinstance(value, Tensor):
+                new = torch.full if home is None else home.new_full
+                group[name] = new((), value, dtype=dtype)
+            elif value.device != home.device or value.dtype != dtype:
+                group[name] = value.to(home.device, dtype)
+
+    def _set(self, group, name, value):
+        """A new value for one of the group's 0-d tensors (in place where a graph was captured)."""
+        if group["capturable"]:
+            group[name].copy_(value)
+        else:
+            group[name] = value
+
+    # the step ---------------------------------------------------------------------------------
+    def step(self, closure=None):
+        """One step; ``closure``, if given, re-evaluates the model and its loss is returned.
+
+        All or nothing: every gradient is checked before the first tensor is written. Parameters
+        without a gradient are left alone.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    @torch.no_grad()
+    def update(self):
+        """The step without the closure."""
+        batches = self.gather()
+        groups = list({id(b.group): b.group for b in batches}.values())
+        if not groups:
+            return
+        if self.look is not None:
+            self._set_scalars(batches)
+            self.prepare(groups, self._totals(groups, batches, "_look"))
+        self._set_scalars(batches)
+        totals = self._totals(groups, batches, "_pass")
+        for group, sums in zip(groups, totals):
+            self._set(group, "nonfinite", group["nonfinite"] + sums.pop())
+            self._set(group, "k", group["k"] + live(self, group))
+        self.adapt(groups, totals)
+        self._report(groups)
+
+    def gather(self):
+        """Check everything, then sort what has a gradient by group, device, dtype and clock."""
+        active = []
+        for group in self.param_groups:
+            frozen = self.freezes and known_zero(rate(group))
+            params = [] if frozen else [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                check_gradient(p)
+            active.append((group, params))
+        batches = {}
+        for group, params in active:
+            if params:
+                self._place(group, params[0])
+            for p in params:
+                s = self._ready(group, p)
+                t, clock = self._tick(group, s, working_dtype(p.dtype))
+                key = (id(group), p.device, p.dtype, clock)
+                if key not in batches:
+                    batches[key] = SimpleNamespace(
+                        group=group, t=t, clock=clock, params=[], states=[], h={}
+                    )
+                batches[key].params.append(p)
+                batches[key].states.append(s)
+        return list(batches.values())
+
+    def _ready(self, group, p):
+        """The state of one parameter, with every buffer the method asks for."""
+        s = self.state[p]
+        for name, make in self.buffers(group).items():
+            if name not in s:
+                s[name] = make(p)
+        if p.dtype != working_dtype(p.dtype) and "residual" not in s:
+            s["residual"] = residual(p)
+        if self.own_clock and "step" not in s:
+            device = p.device if group["capturable"] else "cpu"
+            s["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        return s
+
+    def _tick(self, group, s, dtype):
+        """The number of this step, counted from 1, and a key for those that share it."""
+        if not self.own_clock:
+            return group["k"] + 1, None
+        s["step"] += 1
+        if group["capturable"]:
+            return s["step"].to(dtype), id(s["step"])
+        return int(s["step"]), int(s["step"])
+
+    def _set_scalars(self, batches):
+        known = {}
+        for b in batches:
+            key = (id(b.group), b.clock)
+            if key not in known:
+                known[key] = self.scalars(b.group, b.t)
+            b.h = known[key]
+
+    def _totals(self, groups, batches, name):
+        """For every group the list of sums over its tensors, on its home device."""
+        totals = {id(group): None for group in groups}
+        for b in batches:
+            sums = self._run(b, name)
+            so_far = totals[id(b.group)]
+            if so_far is not None:
+                sums = [a + s.to(a.device) for a, s in zip(so_far, sums)]
+            totals[id(b.group)] = sums
+        return list(totals.values())
+
+    def _run(self, b, name):
+        """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
+        group, device = b.group, b.params[0].device
+        h = {**b.h, "maximize": group["maximize"], "live": live(self, group)}
+        grads = [p.grad for p in b.params]
+        keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
+        states = [{key: s[key] for key in keys} for s in b.states]
+        h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
+        run = getattr(self, name)
+        if group["compile"]:
+            dtype = working_dtype(b.params[0].dtype)
+            for key, a in h.items():
+                if isinstance(a, float):  # a number in the graph would recompile when it changes
+                    h[key] = torch.full((), a, dtype=dtype, device=device)
+            # Inductor drops in-place writes to 0-d CPU tensors (torch 2.13): one-entry views instead
+            params, grads = map(atleast_1d, b.params), map(atleast_1d, grads)
+            states = [{key: atleast_1d(s[key]) for key in keys} for s in states]
+            return self._compiled(run)(list(params), list(grads), states, h)
+        if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
+            states = [{key: Vec(s[key] for s in states) for key in keys}]
+            return run([Vec(b.params)], [Vec(grads)], states, h)
+        return run(b.params, grads, states, h)
+
+    def _compiled(self, run):
+        name = f"_compiled{run.__name__}"
+        if name not in self.__dict__:
+            known = inspect.signature(torch.compile).parameters
+            alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+            self.__dict__[name] = torch.compile(run, fullgraph=True, dynamic=False, **alone)
+        return self.__dict__[name]
+
+    def _pass(self, params, grads, states, h):
+        """The loop over parameters: load, observe, advance, store."""
+        h = Scalars(h)
+        totals = None
+        for p, g, s in zip(params, grads, states):
+            x, g, bad = load(p, g, s, h)
+            kept = [x, *(s[key] for key in s if key != "residual")]
+            before = [t.clone() for t in kept] if isinstance(h.live, Tensor) else None
+            sums = [*self.observe(x, g, s, h), bad]
+            self.advance(x, g, s, h)
+            if before is not None:  # a tensor lr that may be 0: undo what moved
+                sums = [a * h.live for a in sums]
+                for t, old in zip(kept, before):
+                    keep_(t, old, h.live)
+            store_(p, x, s.get("residual"))
+            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
+        return totals
+
+    def _look(self, params, grads, states, h):
+        """The loop over gradients alone, for methods that need their size first."""
+        h = Scalars(h)
+        totals = None
+        for p, g, s in zip(params, grads, states):
+            x, g, _ = load(p, g, s, h)
+            sums = [a * h.live for a in self.look(x, g, s, h)]
+            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
+        return totals
+
+    # what a user reads ------------------------------------------------------------------------
+    def effective_lr(self, group=0):
+        """The factor on the method's direction in the next step, as a float (reads the device)."""
+        return float(self.param_groups[group]["lr"])
+
+    def nonfinite(self):
+        """How many gradient entries were not finite so far (reads the device)."""
+        return sum(int(group["nonfinite"]) for group in self.param_groups)
+
+    def _report(self, groups):
+        every = groups[0].get("log_every", 0)
+        if every and groups[0]["k"] % every == 0:
+            rates = [self.effective_lr(i) for i in range(len(self.param_groups))]
+            log.info("k=%d effective_lr=%s", groups[0]["k"], rates)
+
+    # checkpoints ------------------------------------------------------------------------------
+    def state_dict(self):
+        """As in torch.optim; the groups' 0-d tensors are copies, so that it is a snapshot of them."""
+        saved = super().state_dict()
+        copies = {}
+        for group in saved["param_groups"]:
+            for name, value in group.items():
+                if isinstance(value, Tensor):
+                    group[name] = copies.setdefault(id(value), value.clone())
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        """As in torch.optim, but every tensor is copied and keeps its own dtype.
+
+        Loads what the reference package of the same class saved: keys that are missing get this
+        optimizer's own values, keys that differ are converted (logged at INFO).
+        """
+        foreign = any("nonfinite" not in group for group in state_dict["param_groups"])
+        if foreign:
+            state_dict = self.convert(copied(state_dict))
+            log.info("%s: converted a checkpoint of the reference package", type(self).__name__)
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params):
+            if i in state_dict["state"]:
+                saved = state_dict["state"][i]
+                self.state[p] = {key: self._restore(p, key, a) for key, a in saved.items()}
+                stale = self.state[p].get("residual")
+                if stale is not None and stale.dtype != residual(p[..., :0]).dtype:
+                    del self.state[p]["residual"]
+
+    def _restore(self, p, key, value):
+        """A saved value on p's device in its own dtype, never in p's."""
+        if not isinstance(value, Tensor):
+            return value
+        if key == "step":
+            return value.to(dtype=torch.float32, copy=True)
+        exact = key in ("p0", "x0") or not value.is_floating_point()
+        dtype = value.dtype if exact else working_dtype(p.dtype)
+        return value.to(device=p.device, dtype=dtype, copy=True)
+
+    def convert(self, state_dict):
+        """Turn a reference package's state_dict (already a copy) into this class's own."""
+        groups = state_dict["param_groups"]
+        for group in groups:
+            group.pop("foreach", None)
+            group.pop("fused", None)
+        return state_dict
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        memo = {}
+        for group in self.param_groups:
+            self._fill(group)
+            for name in self.estimates:
+                group[name] = memo.setdefault(id(group[name]), group[name])
+
+
+class Scalars:
+    """The entries of a dictionary as attributes (``SimpleNamespace`` that torch.compile can trace)."""
+
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+
+def rate(group):
+    """The group's lr: a float, or the 0-d tensor itself where only the device knows it."""
+    lr = group["lr"]
+    host = isinstance(lr, Tensor) and lr.device.type == "cpu" and not group["capturable"]
+    return lr.item() if host else lr
+
+
+def known_zero(lr):
+    return not isinstance(lr, Tensor) and lr == 0
+
+
+def live(method, group):
+    """1; for a tensor lr 0 on the device while it is 0 and the method freezes then."""
+    lr = rate(group)
+    return (lr != 0).to(lr.dtype) if method.freezes and isinstance(lr, Tensor) else 1
+
+
+def load(p, g, s, h):
+    """The working copies: x (p itself in float32 and float64), a clean g, and the count of holes."""
+    x = join(p, s.get("residual"))
+    g, bad = finite(g.to(x.dtype))
+    return x, g.neg_() if h.maximize else g, bad
+
+
+def keep_(t, old, live):
+    """t <- t where live, else old."""
+    if isinstance(t, Vec):
+        t.each(lambda a, b: a.copy_(torch.where(live != 0, a, b)), old)
+    else:
+        t.copy_(torch.where(live != 0, t, old))
+
+
+def copied(state_dict):
+    """The dictionaries of a state_dict, new; the tensors, shared."""
+    state = {i: dict(s) for i, s in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
+
+
+def check_gradient(p):
+    g = p.grad
+    if g.is_sparse or g.layout != torch.strided:
+        raise RuntimeError("sparse gradients are not supported: use sparse=False in the embedding")
+    if g.is_complex():
+        raise RuntimeError("complex gradients are not supported: use torch.view_as_real")
+    if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        raise RuntimeError(
+            f"the gradient ({tuple(g.shape)}, {g.dtype}, {g.device}) must match its parameter "
+            f"({tuple(p.shape)}, {p.dtype}, {p.device})"
+        )

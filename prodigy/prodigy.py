@@ -1,0 +1,232 @@
+"""Prodigy (Mishchenko and Defazio 2024, 2306.06101): D-Adaptation that forgets the time d was small.
+
+Weighing gradients by d_k^2 instead of d_k lets the estimate grow geometrically and saves a factor
+sqrt(log(D/d_0)) in the rate. Arguments, defaults and state keys are those of prodigyopt 1.1.2,
+whose checkpoints load.
+"""
+
+import functools
+import math
+
+import torch
+
+from .classical import wide_zeros
+from .dadaptation import Estimator, bias_correction
+from .optimizer import rate
+from .pieces import add_scaled_, ema_, every, inner, larger, ratio
+
+
+class Prodigy(Estimator):
+    r"""Adam with Prodigy's step size (2306.06101 v3, Alg. 4).
+
+    .. math::
+        m_{k+1} = \beta_1 m_k + (1-\beta_1)\, d_k g_k, \quad
+        v_{k+1} = \beta_2 v_k + (1-\beta_2)\, d_k^2 g_k^2,
+
+        r_{k+1} = \beta_3 r_k + \gamma_k d_k^2 \langle g_k, x_0 - x_k\rangle, \quad
+        s_{k+1} = \beta_3 s_k + \gamma_k d_k^2 g_k,
+
+        \hat d_{k+1} = \texttt{d\_coef}\; r_{k+1} / \|s_{k+1}\|_1, \quad
+        d_{k+1} = \max(d_k, \hat d_{k+1}),
+
+        x_{k+1} = x_k - \gamma_k d_k\, m_{k+1} / (\sqrt{v_{k+1}} + d_k \epsilon).
+
+    r and s are kept divided by :math:`d_0` and without the box's common factor :math:`1-\beta_3`.
+    Departures from prodigyopt 1.1.2: the denominator has eps d_k as in the box, not eps d_{k+1};
+    a step whose gradients are all zero counts as a step; groups may differ in every argument.
+
+    Args:
+        params: tensors, named tensors or parameter groups. A group with lr = 0 is frozen.
+        lr (float or 0-d tensor): :math:`\gamma_k`, dimensionless factor on d that carries the
+            schedule; groups may have any ratio; [0, inf).
+        betas (pair of floats): :math:`\beta_1, \beta_2` in [0, 1).
+        beta3 (float or None): None = sqrt(beta2); [0, 1).
+        eps (float): in units of g; (0, inf).
+        weight_decay (float): in units of 1/(d lr) if decouple, else L2; [0, inf).
+        decouple (bool): decoupled weight decay (AdamW).
+        use_bias_correction (bool): Adam's bias correction, as a factor on lr.
+        safeguard_warmup (bool): leave lr out of s, for warm-up schedules.
+        d0 (float): first estimate, at most D; in units of x; (0, inf).
+        d_coef (float): factor on dhat; (0, inf).
+        growth_rate (float): largest factor from d_k to d_{k+1} once d has left d0; [1, inf].
+        fsdp_in_use (bool): refused when True.
+        slice_p (int): take r and s over every slice_p-th entry; [1, inf).
+        cosine_decay (bool): when d has stopped growing, let the step fall to 0 along a cosine. The
+            peak is reached after ``peak_patience`` consecutive steps without growth, counted after
+            d first exceeded d0.
+        peak_patience (int): in steps; [1, inf).
+        total_training_steps (int or None): the cosine ends there; None = 1000 steps after the peak.
+        split_groups (bool): one d for each parameter group instead of one for all.
+        **modes: see :class:`prodigy.optimizer.Family`.
+    """
+
+    ranges = {"eps": "(0, inf)"}
+    sums = ("d_numerator",)
+
+    def __init__(
+        self,
+        params,
+        lr=1.0,
+        betas=(0.9, 0.999),
+        beta3=None,
+        eps=1e-8,
+        weight_decay=0,
+        decouple=True,
+        use_bias_correction=False,
+        safeguard_warmup=False,
+        d0=1e-6,
+        d_coef=1.0,
+        growth_rate=float("inf"),
+        fsdp_in_use=False,
+        slice_p=1,
+        cosine_decay=False,
+        peak_patience=50,
+        total_training_steps=None,
+        *,
+        split_groups=False,
+        **modes,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            beta3=beta3,
+            eps=eps,
+            weight_decay=weight_decay,
+            decouple=decouple,
+            use_bias_correction=use_bias_correction,
+            safeguard_warmup=safeguard_warmup,
+            d0=d0,
+            d_coef=d_coef,
+            growth_rate=growth_rate,
+            fsdp_in_use=fsdp_in_use,
+            slice_p=slice_p,
+            cosine_decay=cosine_decay,
+            peak_patience=peak_patience,
+            total_training_steps=total_training_steps,
+            split_groups=split_groups,
+            **modes,
+        )
+
+    @property
+    def estimates(self):
+        return (*super().estimates, "d_max", "d_denom", "stall", "peak")
+
+    def begin(self, group):
+        # stall: steps since d last grew; peak: the step at which it had stalled, -1 before
+        return dict(super().begin(group), d_max=group["d0"], d_denom=0.0, stall=0.0, peak=-1.0)
+
+    shared = ("d", "d_hat", "d_max", "stall", "peak")
+
+    def buffers(self, group):
+        p = group["slice_p"]
+        names = ["exp_avg"] * (group["betas"][0] > 0) + ["exp_avg_sq"]
+        return {
+            "s": lambda x: wide_zeros(every(x, p)),
+            "p0": lambda x: every(x, p).clone(),
+            **dict.fromkeys(names, wide_zeros),
+        }
+
+    def scalars(self, group, t):
+        lr, top, d = rate(group), self._largest_rate(group), group["d"]
+        factor = self._anneal(group) * bias_correction(group, t)
+        common, scaled = self._common(group), d * factor
+        beta1, beta2 = group["betas"]
+        return dict(
+            d=d,
+            dlr=scaled * lr,
+            r_weight=common * self._largest_d(group) * factor * top,
+            s_weight=common * (d * ratio(lr, top) if group["safeguard_warmup"] else scaled * lr),
+            beta1=beta1,
+            beta2=beta2,
+            beta3=beta3(group),
+            eps=d * group["eps"],
+            decay=group["weight_decay"],
+            shrink=1 - group["weight_decay"] * scaled * lr,
+            coupled=group["weight_decay"] != 0 and not group["decouple"],
+            decoupled=group["weight_decay"] != 0 and group["decouple"],
+            slice_p=group["slice_p"],
+            averages=beta1 > 0,
+        )
+
+    def _anneal(self, group):
+        """1 before d's peak, then a cosine from 1 to 0 (a 0-d tensor)."""
+        if not group["cosine_decay"]:
+            return 1.0
+        peak, end = group["peak"], group["total_training_steps"]
+        length = 1000.0 if end is None else (end - peak).clamp_min(1.0)
+        done = ((self._clock() - peak) / length).clamp(0.0, 1.0)
+        return torch.where(peak < 0, 1.0, 0.5 * (1 + torch.cos(math.pi * done)))
+
+    def observe(self, x, g, s, h):
+        if h.coupled:
+            add_scaled_(g, x, h.decay)
+        x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p)
+        r = inner(gp, x0 - every(x, h.slice_p)) * h.r_weight
+        s = add_scaled_(s["s"].mul_(h.beta3), gp, h.s_weight)
+        return r, s.norm(1)
+
+    def advance(self, x, g, s, h):
+        dg = g.mul_(h.d)
+        m = ema_(s["exp_avg"], dg, h.beta1) if h.averages else dg
+        v = ema_(s["exp_avg_sq"], dg.square(), h.beta2)
+        if h.decoupled:
+            x.mul_(h.shrink)
+        x.addcdiv_(m * h.dlr, v.sqrt().add_(h.eps), value=-1)
+
+    def add_up(self, group, sums):
+        r = beta3(group) * group["d_numerator"] + sums[0]
+        self._set(group, "d_numerator", r)
+        self._set(group, "d_denom", sums[1])
+        return group["d_numerator"], group["d_denom"]
+
+    def grow(self, group, estimate, valid):
+        """d_{k+1}; from d0 straight to dhat, afterwards by at most growth_rate a step."""
+        d, rate_ = group["d"], group["growth_rate"]
+        d_hat = torch.where(valid, estimate.to(d) * group["d_coef"], d)
+        start = torch.where(d == group["d0"], torch.maximum(d, d_hat), d)
+        d_max = torch.maximum(group["d_max"], d_hat)
+        new = dict(d=torch.minimum(d_max, start * rate_), d_max=d_max, d_hat=d_hat)
+        if group["cosine_decay"]:
+            idle = (new["d"] <= d) & (d > group["d0"])
+            new["stall"] = torch.where(idle, group["stall"] + 1, 0.0)
+            reached = (group["peak"] < 0) & (new["stall"] >= group["peak_patience"])
+            new["peak"] = torch.where(reached, self._clock(), group["peak"])
+        return new
+
+    def _growth(self, group):
+        return super()._growth(group) + (group["cosine_decay"], group["peak_patience"])
+
+    def _clock(self):
+        """Steps taken by the group that has taken most."""
+        return functools.reduce(larger, [g["k"] for g in self.param_groups])
+
+    def _common(self, group):
+        """d / d0 of the groups that share d: the factor that keeps r and s in floating-point range."""
+        first = group if group["split_groups"] else self.param_groups[0]
+        return self._largest_d(group) / first["d0"]
+
+    def _largest_d(self, group):
+        """The d that groups with one estimate share; the largest where d_coef made them differ."""
+        if group["split_groups"]:
+            return group["d"]
+        ds = {id(g["d"]): g["d"].to(group["d"]) for g in self.param_groups}
+        return functools.reduce(torch.maximum, ds.values())
+
+    def effective_lr(self, group=0):
+        group = self.param_groups[group]
+        return float(self.scalars(group, group["k"] + 1)["dlr"])
+
+    def convert(self, state_dict):
+        """prodigyopt keeps p0 of an all-zero tensor as one number, and no cosine."""
+        state_dict = super().convert(state_dict)
+        for s in state_dict["state"].values():
+            if "p0" in s and s["p0"].shape != s["s"].shape:
+                s["p0"] = s["p0"].expand_as(s["s"]).clone()
+        for group in state_dict["param_groups"]:
+            group.update(d_hat=group.get("d_hat", group["d"]), d_denom=group.get("d_denom", 0.0))
+        return state_dict
+
+
+def beta3(group):
+    return math.sqrt(group["betas"][1]) if group["beta3"] is None else group["beta3"]

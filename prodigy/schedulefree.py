@@ -1,0 +1,651 @@
+r"""Schedule-Free methods (Defazio et al. 2024, The Road Less Scheduled, 2405.15682).
+
+Three sequences: gradients are taken at y, the base method moves z, and the model is x:
+
+.. math::
+    y_t = (1-\beta) z_t + \beta x_t, \quad
+    z_{t+1} = z_t - \gamma_t u_t(y_t), \quad
+    x_{t+1} = (1-c_{t+1})\, x_t + c_{t+1} z_{t+1}, \quad
+    c_{t+1} = w_t / \textstyle\sum_{i\le t} w_i.
+
+The parameters hold y while training (``train()``, the start) and x for evaluation (``eval()``). Two
+tensors are enough, since x = (y - (1-beta) z)/beta; ``store_x`` keeps x as a third, which makes
+switching exact and beta = 0 legal. Arguments, defaults and state keys are those of schedulefree
+1.4.1, whose checkpoints load. See theory/33 for the weights.
+"""
+
+import itertools
+from contextlib import contextmanager
+
+import torch
+
+from .classical import wide_zeros
+from .optimizer import Family, check, check_gradient, known_zero, rate
+from .pieces import add_scaled_, ema_, finite, join, larger, ratio, rectify, residual, root
+from .pieces import smaller, store_, where, working_dtype
+
+
+def wide_clone(p):
+    """A copy in the dtype the step computes in."""
+    return p.detach().clone().to(working_dtype(p.dtype))
+
+
+class ScheduleFree(Family):
+    """The point: which of x, y, z the parameters hold, and how y and x follow z.
+
+    A method adds ``direction(g, s, h)`` (u above) and ``pace(group, t)`` (lr_t after warm-up).
+    """
+
+    counters = ("k", "weight_sum", "lr_max", "scheduled_lr")
+    low = "residual"  # state key of what the parameter's own precision cannot hold
+
+    # what a method fills in -------------------------------------------------------------------
+    def direction(self, g, s, h):
+        return g
+
+    def pace(self, group, t):
+        """lr_t: the group's lr times its linear warm-up, and scalars of the direction."""
+        warmup = self.own(group)["warmup_steps"]
+        ramp = smaller(t / warmup, 1.0) if warmup else 1.0
+        return rate(group) * ramp, {}
+
+    def own(self, group):
+        """The dictionary that holds this method's entries of a group."""
+        return group
+
+    def beta(self, own):
+        return own["momentum"] if "momentum" in own else own["betas"][0]
+
+    # weights ----------------------------------------------------------------------------------
+    def begin(self, group):
+        beta = self.beta(group)
+        start = dict(train_mode=not group["closure_form"], y_beta=beta, scheduled_lr=0.0)
+        return dict(start, weight_sum=0.0, lr_max=0.0)
+
+    def inherit(self, first, group):
+        return {"train_mode": first["train_mode"]}
+
+    def validate(self, group):
+        if self.beta(group) == 0 and not group["store_x"]:
+            name = "momentum" if "momentum" in group else "betas[0]"
+            raise ValueError(f"{name} = 0 (Polyak averaging) needs store_x=True: y alone is z")
+
+    def average(self, own, t, lr):
+        """(c_{t+1}, sum of weights, largest lr) for w_t = t^r max(lr)^weight_lr_power.
+
+        With schedulefree_c = C > 0, c <- min(1, c (1 - beta) C): a shorter average that no longer
+        depends on beta (Song et al. 2025, Through the River, 2507.09846, Alg. 2).
+        """
+        lr_max = larger(lr, own["lr_max"])
+        weight = where(lr_max > 0, t ** own["r"] * lr_max ** own["weight_lr_power"], 0.0)
+        total = own["weight_sum"] + weight
+        c = ratio(weight, total)
+        if own["schedulefree_c"]:
+            c = smaller(c * (1 - self.beta(own)) * own["schedulefree_c"], 1.0)
+        return c, total, lr_max
+
+    def scalars(self, group, t):
+        lr, more = self.pace(group, t)
+        c, _, _ = self.average(group, t, lr)
+        beta, old = self.beta(group), group["y_beta"]
+        return dict(
+            lr=lr,
+            c=c,
+            beta=beta,
+            mix=0.0 if group["store_x"] else 1 - (1 - c) * beta / old,
+            pull=lr * (1 - beta * (1 - c)),
+            decay=group["weight_decay"],
+            decays=group["weight_decay"] != 0,
+            store_x=group["store_x"],
+            **more,
+        )
+
+    def adapt(self, groups, totals):
+        for group in groups:  # k counts this step already
+            lr, _ = self.pace(group, group["k"])
+            _, total, lr_max = self.average(group, group["k"], lr)
+            for name, value in zip(self.counters[1:], (total, lr_max, lr)):
+                self._set(group, name, value)
+            group["y_beta"] = self.beta(group)
+
+    # points -----------------------------------------------------------------------------------
+    def buffers(self, group):
+        return {"z": wide_clone, **({"x": wide_clone} if group["store_x"] else {})}
+
+    def advance(self, x, g, s, h):
+        """y, z -> y, z without forming x (or with x, if it is kept), all from the old y and z.
+
+        y' = (1-c) x + c z' moved towards z' by 1-beta; with x = (y - (1-beta_old) z)/beta_old this is
+        y' = (1-mix) y + mix z - lr (1 - beta (1-c)) u.
+        """
+        y, z = x, s["z"]
+        u = self.direction(g, s, h)
+        if h.decays:
+            add_scaled_(u, y, h.decay)
+        if h.store_x:
+            add_scaled_(z, u, -h.lr)
+            y.copy_(s["x"].lerp_(z, h.c).lerp(z, 1 - h.beta))
+        else:
+            y.lerp_(z, h.mix)
+            add_scaled_(y, u, -h.pull)
+            add_scaled_(z, u, -h.lr)
+
+    def _groups(self):
+        """(the group's own entries, [(parameter, its state)] for those that have moved)."""
+        for group in self.param_groups:
+            states = [(p, self.state[p]) for p in group["params"] if "z" in self.state.get(p, ())]
+            yield self.own(group), states
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        """Let the parameters hold y (or x, for mode=False); does nothing if they already do."""
+        for own, states in self._groups():
+            if own["train_mode"] == mode:
+                continue
+            if mode:
+                own["y_beta"] = self.beta(own)
+            for p, s in states:
+                y = join(p, s.get(self.low))
+                if own["store_x"]:
+                    y.copy_(s["x"].lerp(s["z"], 1 - own["y_beta"]) if mode else s["x"])
+                else:
+                    y.lerp_(s["z"], 1 - (own["y_beta"] if mode else 1 / own["y_beta"]))
+                store_(p, y, s.get(self.low))
+            own["train_mode"] = mode
+
+    def eval(self):
+        """Let the parameters hold x, the point to evaluate and to publish."""
+        self.train(False)
+
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self):
+        """Within the block the parameters hold x; afterwards everything is as before, bit for bit."""
+        before = [(own, own["train_mode"]) for own, _ in self._groups()]
+        kept = []
+        for own, states in self._groups():
+            if own["train_mode"]:
+                for p, s in states:
+                    kept += [(t, t.clone()) for t in (p, s.get(self.low)) if t is not None]
+        self.eval()
+        try:
+            with torch.enable_grad():
+                yield self
+        finally:
+            for t, old in kept:
+                t.copy_(old)
+            for own, mode in before:
+                own["train_mode"] = mode
+
+    def averaged_state_dict(self, model):
+        """model.state_dict() with x in the place of y (a copy): what to save or publish."""
+        with self.averaged():
+            return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    def update_bn(self, loader, model, device=None, batches=None):
+        """Re-estimate BatchNorm statistics at x; those seen in training belong to y.
+
+        Args:
+            loader: yields inputs, or tuples whose first entry is the input.
+            model: the module whose running means and variances are replaced.
+            device: where to put the inputs.
+            batches: use only that many; the statistics are their plain mean, so that 50 batches
+                leave 1/sqrt(50) = 14 % of one batch's noise (a running average of momentum 0.1 would
+                still carry 0.9^50 = 0.5 % of the old ones).
+        """
+        with self.averaged():
+            torch.optim.swa_utils.update_bn(itertools.islice(loader, batches), model, device)
+
+    def step(self, closure=None):
+        """One step. With ``closure_form`` the parameters hold x before and after, y in the closure."""
+        form = any(own["closure_form"] for own, _ in self._groups())
+        if form and closure is None:
+            raise RuntimeError("closure_form=True needs step(closure): the gradient is taken at y")
+        if not form:
+            if not all(own["train_mode"] for own, _ in self._groups()):
+                raise RuntimeError("the parameters hold x: call optimizer.train() before step()")
+            return super().step(closure)
+        self.train()
+        try:
+            return super().step(closure)
+        finally:
+            self.eval()
+
+    def effective_lr(self, group=0):
+        return float(self.scalars(self.param_groups[group], self.param_groups[group]["k"] + 1)["lr"])
+
+    def convert(self, state_dict):
+        state_dict = super().convert(state_dict)
+        for group in state_dict["param_groups"]:
+            group["lr_max"] = max(group.get("lr_max", 0.0), 0.0)
+        return state_dict
+
+
+class SGDScheduleFree(ScheduleFree):
+    r"""Schedule-Free SGD (2405.15682, Sec. 2; Theorem 2 for the weights).
+
+    The module's three lines with :math:`u_t = \nabla f(y_t) + \lambda y_t` and
+    :math:`w_t = t^r \max_{i\le t}\gamma_i^p`.
+
+    Departures from schedulefree 1.4.1: starts in train mode; a step with lr = 0 is no step; beta
+    may change between steps (x is recovered with the beta that y was built with).
+
+    Args:
+        params: tensors, named tensors or parameter groups.
+        lr (float or 0-d tensor): :math:`\gamma`, in units of x over units of g; [0, inf).
+        momentum (float): :math:`\beta`, [0, 1]; 1 is primal averaging, 0 (Polyak-Ruppert) needs
+            store_x.
+        weight_decay (float): :math:`\lambda`, at y; [0, inf).
+        warmup_steps (int): linear warm-up of lr; [0, inf).
+        r (float): power of t in the weights; (-1, inf).
+        weight_lr_power (float): :math:`p`, [0, inf).
+        store_x (bool): keep x in a tensor of its own.
+        schedulefree_c (float): C of the refined average, 0 = off; [0, inf).
+        closure_form (bool): the parameters hold x between steps; ``step`` takes a closure and
+            needs no train()/eval().
+        **modes: see :class:`prodigy.optimizer.Family`.
+    """
+
+    ranges = {"momentum": "[0, 1]"}
+
+    def __init__(
+        self,
+        params,
+        lr=1.0,
+        momentum=0.9,
+        weight_decay=0,
+        warmup_steps=0,
+        r=0.0,
+        weight_lr_power=2,
+        foreach=None,
+        *,
+        store_x=False,
+        schedulefree_c=0.0,
+        closure_form=False,
+        **modes,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+            foreach=foreach,
+            store_x=store_x,
+            schedulefree_c=schedulefree_c,
+            closure_form=closure_form,
+            **modes,
+        )
+
+
+class AdamWScheduleFree(ScheduleFree):
+    r"""Schedule-Free AdamW (2405.15682, Alg. 1, as released since schedulefree 1.3).
+
+    The module's three lines with
+
+    .. math::
+        v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \qquad
+        u_t = \frac{g_t}{\sqrt{v_t/(1-\beta_2^t)} + \epsilon} + \lambda y_t, \qquad
+        \gamma_t = \gamma \min(1, t/T_{\text{warm}}).
+
+    The paper's box puts the bias correction into :math:`\gamma_t` instead, which weakens decay
+    during warm-up. There is no first moment: :math:`\beta_1` is the interpolation.
+
+    Departures from schedulefree 1.4.1: see :class:`SGDScheduleFree`.
+
+    Args:
+        params: tensors, named tensors or parameter groups.
+        lr (float or 0-d tensor): :math:`\gamma`, in units of x; [0, inf).
+        betas (pair of floats): :math:`\beta_1` in [0, 1] (0 needs store_x), :math:`\beta_2` in
+            [0, 1).
+        eps (float): in units of g; [0, inf).
+        weight_decay (float): :math:`\lambda`, at y, in units of 1/lr; [0, inf).
+        warmup_steps, r, weight_lr_power, store_x, schedulefree_c, closure_form: as in
+            :class:`SGDScheduleFree`.
+        inner_momentum (float): replace g in u by its bias-corrected running average (for large
+            batches); 0 = off; [0, 1).
+        **modes: see :class:`prodigy.optimizer.Family`.
+    """
+
+    ranges = {"betas[0]": "[0, 1]"}
+
+    def __init__(
+        self,
+        params,
+        lr=0.0025,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0,
+        warmup_steps=0,
+        r=0.0,
+        weight_lr_power=2.0,
+        foreach=None,
+        *,
+        inner_momentum=0.0,
+        store_x=False,
+        schedulefree_c=0.0,
+        closure_form=False,
+        **modes,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+            foreach=foreach,
+            inner_momentum=inner_momentum,
+            store_x=store_x,
+            schedulefree_c=schedulefree_c,
+            closure_form=closure_form,
+            **modes,
+        )
+
+    def buffers(self, group):
+        names = ["exp_avg_sq"] + ["exp_avg"] * (group["inner_momentum"] > 0)
+        return {**super().buffers(group), **dict.fromkeys(names, wide_zeros)}
+
+    def scalars(self, group, t):
+        inner = group["inner_momentum"]
+        return dict(
+            super().scalars(group, t),
+            beta2=group["betas"][1],
+            correction=root(1 - group["betas"][1] ** t),
+            eps=group["eps"],
+            inner=inner,
+            inner_correction=1 - inner**t,
+            averages=inner > 0,
+        )
+
+    def direction(self, g, s, h):
+        v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
+        if h.averages:
+            g = ema_(s["exp_avg"], g, h.inner) / h.inner_correction
+        return g.div_(v.sqrt().div_(h.correction).add_(h.eps))
+
+
+class RAdamScheduleFree(ScheduleFree):
+    r"""Schedule-Free RAdam (schedulefree 1.4.1; rectification: Liu et al. 2019, 1908.03265, Alg. 2).
+
+    :class:`AdamWScheduleFree` with :math:`\gamma_t = \gamma\,` :func:`prodigy.pieces.rectify` in
+    the place of warm-up. While :math:`\rho_t \le 4` (5 steps at the default) the direction is g and
+    :math:`\gamma_t = 0`, or :math:`\gamma` if not ``silent_sgd_phase``.
+
+    Departures from schedulefree 1.4.1: see :class:`SGDScheduleFree`.
+
+    Args:
+        params, lr, betas, eps, weight_decay, r, weight_lr_power, store_x, schedulefree_c,
+            closure_form: as in :class:`AdamWScheduleFree`.
+        silent_sgd_phase (bool): do not move during the first steps.
+        **modes: see :class:`prodigy.optimizer.Family`.
+    """
+
+    ranges = {"betas[0]": "[0, 1]"}
+
+    def __init__(
+        self,
+        params,
+        lr=0.0025,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0,
+        r=0.0,
+        weight_lr_power=2.0,
+        foreach=None,
+        silent_sgd_phase=True,
+        *,
+        store_x=False,
+        schedulefree_c=0.0,
+        closure_form=False,
+        **modes,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            r=r,
+            weight_lr_power=weight_lr_power,
+            foreach=foreach,
+            silent_sgd_phase=silent_sgd_phase,
+            store_x=store_x,
+            schedulefree_c=schedulefree_c,
+            closure_form=closure_form,
+            **modes,
+        )
+
+    def buffers(self, group):
+        return {**super().buffers(group), "exp_avg_sq": wide_zeros}
+
+    def pace(self, group, t):
+        factor, applies = rectify(group["betas"][1], t)
+        before = 0.0 if group["silent_sgd_phase"] else 1.0
+        return rate(group) * where(applies, factor, before), dict(adaptive=where(applies, 1.0, 0.0))
+
+    def scalars(self, group, t):
+        beta2 = group["betas"][1]
+        correction = root(1 - beta2**t)
+        return dict(
+            super().scalars(group, t), beta2=beta2, correction=correction, eps=group["eps"]
+        )
+
+    def direction(self, g, s, h):
+        v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
+        denominator = v.sqrt().div_(h.correction).add_(h.eps)
+        return g.div_(denominator.mul_(h.adaptive).add_(1 - h.adaptive))
+
+
+class ScheduleFreeWrapper(ScheduleFree):
+    r"""Schedule-Free around any base optimizer (schedulefree 1.4.1's wrapper).
+
+    The module's three lines with :math:`z_{t+1}` = the base optimizer's step from :math:`z_t` on
+    the gradient at :math:`y_t`, and :math:`w_t = t^r \max_{i\le t}(\gamma_i d_i)^p`, where d is the
+    base's own estimate if it has one (Prodigy, D-Adaptation).
+
+    An ``Optimizer`` itself: its ``param_groups`` are the base's dictionaries, so that schedulers set
+    the base's lr; its own entries stand in ``group["schedule_free"]`` and its own tensors apart from
+    the base's state, so that any base runs. Checkpoints hold both. Departures from schedulefree:
+    ``p.grad`` is untouched and cleaned for the base too; mode and beta are saved; parameters
+    without a gradient stay.
+
+    Args:
+        base (torch.optim.Optimizer): without momentum of its own, or with (it then averages twice).
+        weight_decay_at_y (float): decay taken at y and applied to z, in units of 1/lr; [0, inf).
+            (The base's own weight decay acts at z.)
+        momentum (float): :math:`\beta`, [0, 1]; 0 needs store_x.
+        weight_lr_power, r, warmup_steps, store_x, schedulefree_c, closure_form: as in
+            :class:`SGDScheduleFree`.
+
+    Raises:
+        TypeError: if base is not a torch.optim.Optimizer, or is schedule-free already.
+    """
+
+    low = "y_residual"
+    kept = ("z", "x", "y_residual")
+
+    def __init__(
+        self,
+        base,
+        weight_decay_at_y=0.0,
+        momentum=0.9,
+        weight_lr_power=2,
+        r=0,
+        *,
+        warmup_steps=0,
+        store_x=False,
+        schedulefree_c=0.0,
+        closure_form=False,
+    ):
+        if not isinstance(base, torch.optim.Optimizer) or isinstance(base, ScheduleFree):
+            raise TypeError("base must be a torch.optim.Optimizer that is not schedule-free itself")
+        own = dict(
+            weight_decay_at_y=weight_decay_at_y,
+            momentum=momentum,
+            weight_lr_power=weight_lr_power,
+            r=r,
+            warmup_steps=warmup_steps,
+            store_x=store_x,
+            schedulefree_c=schedulefree_c,
+        )
+        for name, value in own.items():
+            if name != "store_x":
+                check(name, value, {"momentum": "[0, 1]"})
+        self.base = base
+        self.entries = {**own, "closure_form": closure_form}
+        self.validate(self.entries)
+        torch.optim.Optimizer.__init__(self, base.param_groups, {})
+
+    def own(self, group):
+        return group["schedule_free"]
+
+    def add_param_group(self, param_group):
+        if not any(param_group is group for group in self.base.param_groups):
+            self.base.add_param_group(param_group)
+        self.param_groups.append(self.base.param_groups[len(self.param_groups)])
+        self._fill(self.param_groups[-1])
+
+    def _fill(self, group):
+        fresh = {**self.entries, **self.begin(self.entries), "k": 0, "nonfinite": 0}
+        if group is not self.param_groups[0]:
+            fresh["train_mode"] = self.own(self.param_groups[0])["train_mode"]
+        group["schedule_free"] = {**fresh, **group.get("schedule_free", {})}
+
+    def adapt(self, groups, totals):
+        raise NotImplementedError("the wrapper's update keeps its own books")
+
+    @torch.no_grad()
+    def update(self):
+        """z goes into the parameters, the base steps, then x and y follow."""
+        active = []
+        for group in self.param_groups:
+            if not known_zero(rate(group)):
+                active += [(group, p) for p in group["params"] if p.grad is not None]
+        for _, p in active:
+            check_gradient(p)
+        grads = [(p, p.grad) for _, p in active]
+        rates = [(group, group["lr"]) for group in self.param_groups]
+        try:
+            for group, p in active:
+                self._to_z(group, p)
+            for group, lr in rates:
+                group["lr"] = lr * self._ramp(group)
+            self.base.step()
+        finally:
+            for group, lr in rates:
+                group["lr"] = lr
+            for p, g in grads:
+                p.grad = g
+        moved = {id(group): group for group, _ in active}
+        books = {i: self._average(group) for i, group in moved.items()}
+        for group, p in active:
+            self._to_y(group, p, books[id(group)]["c"])
+        for i, group in moved.items():
+            own, book = self.own(group), books[i]
+            own.update(weight_sum=book["total"], lr_max=book["lr_max"], scheduled_lr=book["lr"])
+            own.update(k=own["k"] + 1, y_beta=own["momentum"])
+
+    def _ramp(self, group):
+        own = self.own(group)
+        return smaller((own["k"] + 1) / own["warmup_steps"], 1.0) if own["warmup_steps"] else 1.0
+
+    def _average(self, group):
+        lr = rate(group) * self._ramp(group) * group.get("d", 1.0)
+        c, total, lr_max = self.average(self.own(group), self.own(group)["k"] + 1, lr)
+        return dict(lr=lr, c=c, total=total, lr_max=lr_max)
+
+    def _to_z(self, group, p):
+        """p: y -> z, clean gradient; x waits in z's buffer (or its own)."""
+        own, s = self.own(group), self.state[p]
+        if "z" not in s:
+            s["z"] = wide_clone(p)
+            if own["store_x"]:
+                s["x"] = wide_clone(p)
+            if p.dtype != working_dtype(p.dtype):
+                s["y_residual"] = residual(p)
+        y, z = join(p, s.get("y_residual")).clone(), s["z"].clone()
+        if not own["store_x"]:
+            s["z"].copy_(y.lerp(z, 1 - 1 / own["y_beta"]))
+        if own["weight_decay_at_y"]:
+            add_scaled_(z, y, -rate(group) * self._ramp(group) * own["weight_decay_at_y"])
+        self._write(p, z)
+        p.grad, bad = finite(p.grad)
+        own["nonfinite"] = own["nonfinite"] + bad
+
+    def _to_y(self, group, p, c):
+        """p: new z -> y; x moves towards z by c."""
+        own, s = self.own(group), self.state[p]
+        z = join(p, self._base_low(p)).clone()
+        x = s["x"] if own["store_x"] else s["z"].clone()
+        y = x.lerp_(z, c).lerp(z, 1 - own["momentum"])
+        s["z"].copy_(z)
+        low = s.get("y_residual")
+        p.copy_(y) if low is None else store_(p, y, low)
+
+    def _base_low(self, p):
+        """The residual of a base of this family, which holds z to float32 beside bfloat16 p."""
+        return self.base.state.get(p, {}).get("residual") if isinstance(self.base, Family) else None
+
+    def _write(self, p, z):
+        low = self._base_low(p)
+        p.copy_(z) if low is None else store_(p, z, low)
+
+    # what a user reads, and checkpoints -------------------------------------------------------
+    def get_d(self, group=0):
+        """The base's estimate d (AttributeError where it has none)."""
+        return self.base.get_d(group)
+
+    def effective_lr(self, group=0):
+        """lr times the base's d, if it has one, as a float."""
+        return float(self._average(self.param_groups[group])["lr"])
+
+    def nonfinite(self):
+        return sum(int(self.own(group)["nonfinite"]) for group in self.param_groups)
+
+    def state_dict(self):
+        """The base's state_dict with z (and x) added to each parameter's state: schedulefree's form."""
+        saved, mine = self.base.state_dict(), torch.optim.Optimizer.state_dict(self)
+        state = {i: dict(s) for i, s in saved["state"].items()}
+        for i, s in mine["state"].items():
+            state.setdefault(i, {}).update(s)
+        for group in saved["param_groups"]:
+            group["schedule_free"] = dict(group["schedule_free"])
+        return {"state": state, "param_groups": saved["param_groups"]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict):
+        """Loads its own checkpoints and those of schedulefree's wrapper (whose mode is not saved)."""
+        names = ("k", "weight_sum", "lr_max")
+        modes = [self.own(group)["train_mode"] for group in self.param_groups]
+        state, groups = state_dict["state"], [dict(g) for g in state_dict["param_groups"]]
+        for group, mode in zip(groups, modes):
+            if "schedule_free" not in group:
+                own = {name: group[name] for name in names if name in group}
+                group["schedule_free"] = {**own, "train_mode": mode}
+                group.pop("weight_sum", None)
+                group.pop("lr_max", None)
+            group["schedule_free"] = dict(group["schedule_free"])
+        base = {i: {k: v for k, v in s.items() if k not in self.kept} for i, s in state.items()}
+        base = {i: s for i, s in base.items() if s}
+        self.base.load_state_dict({"state": base, "param_groups": groups})
+        self.param_groups = list(self.base.param_groups)
+        ids = [i for group in groups for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.state.clear()
+        for i, p in zip(ids, params):
+            mine = {k: self._restore(p, k, v) for k, v in state.get(i, {}).items() if k in self.kept}
+            if mine:
+                self.state[p] = mine
+        for group in self.param_groups:
+            self._fill(group)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "base": self.base, "entries": self.entries}
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)
