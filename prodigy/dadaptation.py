@@ -12,7 +12,7 @@ import functools
 import torch
 
 from .classical import wide_zeros
-from .optimizer import Family, rate
+from .optimizer import Family, live, rate
 from .pieces import add_scaled_, ema_, inner, larger, ratio, root
 
 
@@ -36,13 +36,20 @@ class Estimator(Family):
         return dict(d=group["d0"], d_hat=group["d0"], **dict.fromkeys(self.sums, 0.0))
 
     def inherit(self, first, group):
-        return {} if group["split_groups"] else {name: first[name] for name in self.shared}
+        if group["split_groups"]:
+            return {}
+        shared = {name: first[name] for name in self.shared}
+        if group["capturable"]:  # written in place, so every group needs its own
+            shared = {name: torch.as_tensor(value).clone() for name, value in shared.items()}
+        return shared
 
     def validate(self, group):
         if group.get("fsdp_in_use"):
             raise ValueError("fsdp_in_use=True is not supported: sums are taken on one process")
         if any(group["split_groups"] != other["split_groups"] for other in self.param_groups):
             raise ValueError("split_groups must be the same for all parameter groups")
+        if not group["split_groups"] and group["d0"] != self.param_groups[0]["d0"]:
+            raise ValueError("d0 must be the same for groups that share d: pass split_groups=True")
 
     def convert(self, state_dict):
         """The reference packages copy the common sums into every group: keep them once."""
@@ -52,8 +59,10 @@ class Estimator(Family):
         return state_dict
 
     def _circles(self, groups):
-        """The groups that share one d."""
-        return [[g] for g in groups] if groups[0]["split_groups"] else [groups]
+        """(those of the groups that share one d, every group that shares it)."""
+        if groups[0]["split_groups"]:
+            return [([g], [g]) for g in groups]
+        return [(groups, self.param_groups)]
 
     def _rho(self, group):
         """lr_g / max lr."""
@@ -67,14 +76,15 @@ class Estimator(Family):
 
     def adapt(self, groups, totals):
         totals = dict(zip(map(id, groups), totals))
-        for circle in self._circles(groups):
+        for circle, everyone in self._circles(groups):
             home = circle[0]["d"]
-            parts = [[a.to(home) for a in self.add_up(g, totals[id(g)])] for g in circle]
+            shares = [(live(self, g), self.add_up(g, totals[id(g)])) for g in circle]
+            parts = [[a.to(home) * alive for a in share] for alive, share in shares]
             top, bottom = (functools.reduce(torch.add, part) for part in zip(*parts))
             estimate = self.bound(top, torch.where(bottom > 0, bottom, 1.0))
             valid = (bottom > 0) & estimate.isfinite()
             known = {}
-            for g in circle:
+            for g in everyone:
                 key = (id(g["d"]), id(g.get("d_max")), *self._growth(g))
                 if key not in known:
                     known[key] = self.grow(g, estimate, valid)
@@ -185,11 +195,11 @@ class DAdaptSGD(Estimator):
     def prepare(self, groups, totals):
         """||g_0||, from the first gradient that is not zero."""
         totals = dict(zip(map(id, groups), totals))
-        for circle in self._circles(groups):
+        for circle, everyone in self._circles(groups):
             home = circle[0]["g0_norm"]
             parts = [self._rho(g) * totals[id(g)][0].to(home) for g in circle]
             norm = functools.reduce(torch.add, parts).sqrt()
-            for g in circle:
+            for g in everyone:
                 self._set(g, "g0_norm", torch.where(g["g0_norm"] > 0, g["g0_norm"], norm))
 
     def scalars(self, group, t):
@@ -216,7 +226,7 @@ class DAdaptSGD(Estimator):
         x.lerp_(z, 1 - h.beta)
 
     def add_up(self, group, sums):
-        self._set(group, "numerator_weighted", group["numerator_weighted"] + sums[0])
+        self._keep(group, "numerator_weighted", group["numerator_weighted"] + sums[0])
         return group["numerator_weighted"], sums[1]
 
     def bound(self, numerator, denominator):
@@ -322,7 +332,7 @@ class DAdaptAdaGrad(Estimator):
 
     def add_up(self, group, sums):
         for name, change in zip(self.sums, sums):
-            self._set(group, name, group[name] + change)
+            self._keep(group, name, group[name] + change)
         return group["sksq_weighted"] - group["gsq_weighted"], group["skl1"]
 
 
@@ -442,7 +452,7 @@ class DAdaptAdam(Estimator):
     def add_up(self, group, sums):
         beta3 = group["betas"][1] ** 0.5
         r = beta3 * group["numerator_weighted"] + (1 - beta3) * sums[0]
-        self._set(group, "numerator_weighted", r)
+        self._keep(group, "numerator_weighted", r)
         return group["numerator_weighted"], sums[1]
 
     def effective_lr(self, group=0):

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, atleast_1d
 
-from .pieces import finite, join, residual, store_, working_dtype
+from .pieces import finite, join, residual, store_, where, working_dtype
 from .vec import Vec
 
 log = logging.getLogger("prodigy")
@@ -58,11 +58,27 @@ RANGES = {
     "log_every": "[0, inf)",
 }
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every"}
-OPTIONAL = {"beta3", "total_training_steps"}
+OPTIONAL = {"beta3", "total_training_steps", "foreach"}
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
+FLAGS = {
+    *MODES,
+    "nesterov",
+    "centered",
+    "amsgrad",
+    "decoupled_weight_decay",
+    "decouple",
+    "use_bias_correction",
+    "safeguard_warmup",
+    "fsdp_in_use",
+    "cosine_decay",
+    "split_groups",
+    "silent_sgd_phase",
+    "store_x",
+    "closure_form",
+}
 
 
-def check(name, value, ranges={}):
+def check(name, value, ranges={}, read=True):
     """Raise a TypeError or ValueError that names the argument and its range.
 
     >>> check("lr", -1.0)
@@ -70,6 +86,10 @@ def check(name, value, ranges={}):
     ValueError: lr must lie in [0, inf), got -1.0
     """
     if value is None and name in OPTIONAL:
+        return
+    if name in FLAGS:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
         return
     if name == "betas":
         if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -79,7 +99,9 @@ def check(name, value, ranges={}):
         return
     interval = ranges.get(name) or RANGES[name]
     if isinstance(value, Tensor) and name == "lr" and value.dim() == 0:
-        return
+        if not read or value.device.type != "cpu":
+            return
+        value = value.item()
     kinds, kind = (int, "an integer") if name in INTEGERS else ((int, float), "a number")
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind += " or a 0-d tensor" * (name == "lr")
@@ -123,7 +145,7 @@ class Family(torch.optim.Optimizer):
             raise ValueError("differentiable=True is not supported: the step writes in place")
         if fused:
             raise ValueError("fused=True is not supported: pass compile=True for one fused pass")
-        super().__init__(params, {**MODES, **defaults})
+        super().__init__(params, {**MODES, "differentiable": False, **defaults})
 
     @staticmethod
     def _arguments(cls):
@@ -167,8 +189,8 @@ class Family(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             for name, value in group.items():
-                if name in RANGES or name == "betas":
-                    check(name, value, self.ranges)
+                if name in RANGES or name in FLAGS or name == "betas":
+                    check(name, value, self.ranges, read=not group["capturable"])
             for p in group["params"]:
                 if p.is_complex():
                     raise TypeError("complex parameters are not supported: use torch.view_as_real")
@@ -204,7 +226,7 @@ class Family(torch.optim.Optimizer):
             if home is None and isinstance(value, Tensor):
                 continue
             dtype = torch.int64 if name == "nonfinite" else None
-            dtype = dtype or working_dtype(home.dtype if home is not None else torch.float32)
+            dtype = dtype or (torch.float64 if home is None else working_dtype(home.dtype))
             if not isinstance(value, Tensor):
                 new = torch.full if home is None else home.new_full
                 group[name] = new((), value, dtype=dtype)
@@ -217,6 +239,10 @@ class Family(torch.optim.Optimizer):
             group[name].copy_(value)
         else:
             group[name] = value
+
+    def _keep(self, group, name, value):
+        """``_set`` for the group's own books, which stand still while its tensor lr is 0."""
+        self._set(group, name, where(live(self, group) != 0, value, group[name]))
 
     # the step ---------------------------------------------------------------------------------
     def step(self, closure=None):
@@ -254,8 +280,7 @@ class Family(torch.optim.Optimizer):
         """Check everything, then sort what has a gradient by group, device, dtype and clock."""
         active = []
         for group in self.param_groups:
-            frozen = self.freezes and known_zero(rate(group))
-            params = [] if frozen else [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 check_gradient(p)
             active.append((group, params))
@@ -263,8 +288,11 @@ class Family(torch.optim.Optimizer):
         for group, params in active:
             if params:
                 self._place(group, params[0])
+            frozen = self.freezes and known_zero(rate(group))
             for p in params:
                 s = self._ready(group, p)
+                if frozen:  # its tensors exist nevertheless: torch.distributed.checkpoint fills them
+                    continue
                 t, clock = self._tick(group, s, working_dtype(p.dtype))
                 key = (id(group), p.device, p.dtype, clock)
                 if key not in batches:
@@ -412,7 +440,13 @@ class Family(torch.optim.Optimizer):
         if foreign:
             state_dict = self.convert(copied(state_dict))
             log.info("%s: converted a checkpoint of the reference package", type(self).__name__)
-        super().load_state_dict(state_dict)
+        hooked = []  # what it is once the user's own hooks have run
+        last = self.register_load_state_dict_pre_hook(lambda _, final: hooked.append(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        state_dict = hooked[0]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params):
@@ -420,7 +454,7 @@ class Family(torch.optim.Optimizer):
                 saved = state_dict["state"][i]
                 self.state[p] = {key: self._restore(p, key, a) for key, a in saved.items()}
                 stale = self.state[p].get("residual")
-                if stale is not None and stale.dtype != residual(p[..., :0]).dtype:
+                if stale is not None and stale.dtype != residual(p.new_empty(0)).dtype:
                     del self.state[p]["residual"]
 
     def _restore(self, p, key, value):
@@ -443,11 +477,8 @@ class Family(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        memo = {}
         for group in self.param_groups:
             self._fill(group)
-            for name in self.estimates:
-                group[name] = memo.setdefault(id(group[name]), group[name])
 
 
 class Scalars:
@@ -486,7 +517,7 @@ def keep_(t, old, live):
     if isinstance(t, Vec):
         t.each(lambda a, b: a.copy_(torch.where(live != 0, a, b)), old)
     else:
-        t.copy_(torch.where(live != 0, t, old))
+        t.copy_(where(live != 0, t, old))
 
 
 def copied(state_dict):

@@ -176,20 +176,21 @@ class Prodigy(Estimator):
 
     def add_up(self, group, sums):
         r = beta3(group) * group["d_numerator"] + sums[0]
-        self._set(group, "d_numerator", r)
-        self._set(group, "d_denom", sums[1])
+        self._keep(group, "d_numerator", r)
+        self._keep(group, "d_denom", sums[1])
         return group["d_numerator"], group["d_denom"]
 
     def grow(self, group, estimate, valid):
         """d_{k+1}; from d0 straight to dhat, afterwards by at most growth_rate a step."""
         d, rate_ = group["d"], group["growth_rate"]
         d_hat = torch.where(valid, estimate.to(d) * group["d_coef"], d)
-        start = torch.where(d == group["d0"], torch.maximum(d, d_hat), d)
+        at_start = d <= group["d0"] * (1 + 1e-6)  # d0 may have been rounded to another group's dtype
+        start = torch.where(at_start, torch.maximum(d, d_hat), d)
         d_max = torch.maximum(group["d_max"], d_hat)
         new = dict(d=torch.minimum(d_max, start * rate_), d_max=d_max, d_hat=d_hat)
         if group["cosine_decay"]:
-            idle = (new["d"] <= d) & (d > group["d0"])
-            new["stall"] = torch.where(idle, group["stall"] + 1, 0.0)
+            idle = (new["d"] <= d) & ~at_start
+            new["stall"] = torch.where(idle, group["stall"] + valid, 0.0)
             reached = (group["peak"] < 0) & (new["stall"] >= group["peak_patience"])
             new["peak"] = torch.where(reached, self._clock(), group["peak"])
         return new

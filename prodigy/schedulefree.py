@@ -18,9 +18,10 @@ import itertools
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from .classical import wide_zeros
-from .optimizer import Family, check, check_gradient, known_zero, rate
+from .optimizer import Family, check, check_gradient, keep_, known_zero, live, rate
 from .pieces import add_scaled_, ema_, finite, join, larger, ratio, rectify, residual, root
 from .pieces import smaller, store_, where, working_dtype
 
@@ -87,12 +88,11 @@ class ScheduleFree(Family):
     def scalars(self, group, t):
         lr, more = self.pace(group, t)
         c, _, _ = self.average(group, t, lr)
-        beta, old = self.beta(group), group["y_beta"]
+        beta = self.beta(group)
         return dict(
             lr=lr,
             c=c,
             beta=beta,
-            mix=0.0 if group["store_x"] else 1 - (1 - c) * beta / old,
             pull=lr * (1 - beta * (1 - c)),
             decay=group["weight_decay"],
             decays=group["weight_decay"] != 0,
@@ -105,8 +105,7 @@ class ScheduleFree(Family):
             lr, _ = self.pace(group, group["k"])
             _, total, lr_max = self.average(group, group["k"], lr)
             for name, value in zip(self.counters[1:], (total, lr_max, lr)):
-                self._set(group, name, value)
-            group["y_beta"] = self.beta(group)
+                self._keep(group, name, value)
 
     # points -----------------------------------------------------------------------------------
     def buffers(self, group):
@@ -115,8 +114,8 @@ class ScheduleFree(Family):
     def advance(self, x, g, s, h):
         """y, z -> y, z without forming x (or with x, if it is kept), all from the old y and z.
 
-        y' = (1-c) x + c z' moved towards z' by 1-beta; with x = (y - (1-beta_old) z)/beta_old this is
-        y' = (1-mix) y + mix z - lr (1 - beta (1-c)) u.
+        y' = (1-c) x + c z' moved towards z' by 1-beta; with x = (y - (1-beta) z)/beta this is
+        y' = (1-c) y + c z - lr (1 - beta (1-c)) u.
         """
         y, z = x, s["z"]
         u = self.direction(g, s, h)
@@ -126,7 +125,7 @@ class ScheduleFree(Family):
             add_scaled_(z, u, -h.lr)
             y.copy_(s["x"].lerp_(z, h.c).lerp(z, 1 - h.beta))
         else:
-            y.lerp_(z, h.mix)
+            y.lerp_(z, h.c)
             add_scaled_(y, u, -h.pull)
             add_scaled_(z, u, -h.lr)
 
@@ -136,6 +135,30 @@ class ScheduleFree(Family):
             states = [(p, self.state[p]) for p in group["params"] if "z" in self.state.get(p, ())]
             yield self.own(group), states
 
+    def _move(self, own, states, old, new):
+        """Parameters go from (1-old) z + old x to (1-new) z + new x; x and z stay."""
+        for p, s in states:
+            y = join(p, s.get(self.low))
+            if own["store_x"]:
+                y.copy_(s["x"].lerp(s["z"], 1 - new))
+            else:
+                y.lerp_(s["z"], 1 - new / old)
+            store_(p, y, s.get(self.low))
+
+    def _follow(self, moving):
+        """Where beta was changed since the last step, take y along (also without a gradient)."""
+        for own, states in self._groups():
+            if id(own) in moving and own["y_beta"] != self.beta(own):
+                self._move(own, states, own["y_beta"], self.beta(own))
+                own["y_beta"] = self.beta(own)
+
+    def gather(self):
+        for own, _ in self._groups():
+            self.validate(own)
+        batches = super().gather()
+        self._follow({id(b.group) for b in batches})
+        return batches
+
     @torch.no_grad()
     def train(self, mode=True):
         """Let the parameters hold y (or x, for mode=False); does nothing if they already do."""
@@ -143,14 +166,11 @@ class ScheduleFree(Family):
             if own["train_mode"] == mode:
                 continue
             if mode:
+                self.validate(own)
                 own["y_beta"] = self.beta(own)
-            for p, s in states:
-                y = join(p, s.get(self.low))
-                if own["store_x"]:
-                    y.copy_(s["x"].lerp(s["z"], 1 - own["y_beta"]) if mode else s["x"])
-                else:
-                    y.lerp_(s["z"], 1 - (own["y_beta"] if mode else 1 / own["y_beta"]))
-                store_(p, y, s.get(self.low))
+                self._move(own, states, 1.0, own["y_beta"])
+            else:
+                self._move(own, states, own["y_beta"], 1.0)
             own["train_mode"] = mode
 
     def eval(self):
@@ -169,8 +189,7 @@ class ScheduleFree(Family):
                     kept += [(t, t.clone()) for t in (p, s.get(self.low)) if t is not None]
         self.eval()
         try:
-            with torch.enable_grad():
-                yield self
+            yield self
         finally:
             for t, old in kept:
                 t.copy_(old)
@@ -199,7 +218,8 @@ class ScheduleFree(Family):
     def step(self, closure=None):
         """One step. With ``closure_form`` the parameters hold x before and after, y in the closure."""
         form = any(own["closure_form"] for own, _ in self._groups())
-        if form and closure is None:
+        moves = not all(known_zero(rate(group)) for group in self.param_groups)
+        if form and moves and closure is None:
             raise RuntimeError("closure_form=True needs step(closure): the gradient is taken at y")
         if not form:
             if not all(own["train_mode"] for own, _ in self._groups()):
@@ -218,6 +238,7 @@ class ScheduleFree(Family):
         state_dict = super().convert(state_dict)
         for group in state_dict["param_groups"]:
             group["lr_max"] = max(group.get("lr_max", 0.0), 0.0)
+            group["store_x"] = False  # its parameters hold y or x, and x is in no tensor of its own
         return state_dict
 
 
@@ -373,7 +394,7 @@ class RAdamScheduleFree(ScheduleFree):
     r"""Schedule-Free RAdam (schedulefree 1.4.1; rectification: Liu et al. 2019, 1908.03265, Alg. 2).
 
     :class:`AdamWScheduleFree` with :math:`\gamma_t = \gamma\,` :func:`prodigy.pieces.rectify` in
-    the place of warm-up. While :math:`\rho_t \le 4` (5 steps at the default) the direction is g and
+    the place of warm-up. While :math:`\rho_t \le 4` (4 steps at the default) the direction is g and
     :math:`\gamma_t = 0`, or :math:`\gamma` if not ``silent_sgd_phase``.
 
     Departures from schedulefree 1.4.1: see :class:`SGDScheduleFree`.
@@ -499,7 +520,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         self.base = base
         self.entries = {**own, "closure_form": closure_form}
         self.validate(self.entries)
-        torch.optim.Optimizer.__init__(self, base.param_groups, {})
+        torch.optim.Optimizer.__init__(self, base.param_groups, base.defaults)
 
     def own(self, group):
         return group["schedule_free"]
@@ -522,20 +543,31 @@ class ScheduleFreeWrapper(ScheduleFree):
     @torch.no_grad()
     def update(self):
         """z goes into the parameters, the base steps, then x and y follow."""
-        active = []
+        rows = []
         for group in self.param_groups:
-            if not known_zero(rate(group)):
-                active += [(group, p) for p in group["params"] if p.grad is not None]
-        for _, p in active:
+            self.validate(self.own(group))
+            rows += [(group, p) for p in group["params"] if p.grad is not None]
+        for _, p in rows:
             check_gradient(p)
-        grads = [(p, p.grad) for _, p in active]
+        for group, p in rows:
+            self._ready(group, p)
         rates = [(group, group["lr"]) for group in self.param_groups]
+        active = [(group, p) for group, p in rows if not known_zero(rate(group))]
+        self._follow({id(self.own(group)) for group, _ in active})
+        still = [row for group, p in rows for row in self._still(group, p)]
+        grads = [(p, p.grad) for _, p in rows]
         try:
             for group, p in active:
                 self._to_z(group, p)
+            for group, p in rows:
+                self._clean(group, p)
             for group, lr in rates:
                 group["lr"] = lr * self._ramp(group)
             self.base.step()
+        except Exception:  # the base refused: back to y
+            for group, p in active:
+                self._to_y(group, p, 0.0)
+            raise
         finally:
             for group, lr in rates:
                 group["lr"] = lr
@@ -545,10 +577,14 @@ class ScheduleFreeWrapper(ScheduleFree):
         books = {i: self._average(group) for i, group in moved.items()}
         for group, p in active:
             self._to_y(group, p, books[id(group)]["c"])
+        for t, old, alive in still:
+            keep_(t, old, alive)
         for i, group in moved.items():
             own, book = self.own(group), books[i]
-            own.update(weight_sum=book["total"], lr_max=book["lr_max"], scheduled_lr=book["lr"])
-            own.update(k=own["k"] + 1, y_beta=own["momentum"])
+            alive = live(self, group)
+            new = dict(weight_sum=book["total"], lr_max=book["lr_max"], scheduled_lr=book["lr"])
+            own.update({name: where(alive != 0, a, own[name]) for name, a in new.items()})
+            own.update(k=own["k"] + alive)
 
     def _ramp(self, group):
         own = self.own(group)
@@ -559,8 +595,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         c, total, lr_max = self.average(self.own(group), self.own(group)["k"] + 1, lr)
         return dict(lr=lr, c=c, total=total, lr_max=lr_max)
 
-    def _to_z(self, group, p):
-        """p: y -> z, clean gradient; x waits in z's buffer (or its own)."""
+    def _ready(self, group, p):
+        """z (and x) of a parameter, where it has none yet."""
         own, s = self.own(group), self.state[p]
         if "z" not in s:
             s["z"] = wide_clone(p)
@@ -568,19 +604,33 @@ class ScheduleFreeWrapper(ScheduleFree):
                 s["x"] = wide_clone(p)
             if p.dtype != working_dtype(p.dtype):
                 s["y_residual"] = residual(p)
+
+    def _still(self, group, p):
+        """[(tensor, its value now, whether it may move)], for a group whose lr is or may be 0."""
+        alive = 0 if known_zero(rate(group)) else live(self, group)
+        mine = (p, *self.state[p].values())
+        return [(t, t.clone(), alive) for t in mine] if isinstance(alive, Tensor) or not alive else []
+
+    def _clean(self, group, p):
+        """A copy of the gradient without holes for the base, which may overwrite it."""
+        p.grad, bad = finite(p.grad)
+        own = self.own(group)
+        own["nonfinite"] = own["nonfinite"] + bad
+
+    def _to_z(self, group, p):
+        """p: y -> z; x waits in z's buffer (or its own)."""
+        own, s = self.own(group), self.state[p]
         y, z = join(p, s.get("y_residual")).clone(), s["z"].clone()
         if not own["store_x"]:
             s["z"].copy_(y.lerp(z, 1 - 1 / own["y_beta"]))
         if own["weight_decay_at_y"]:
             add_scaled_(z, y, -rate(group) * self._ramp(group) * own["weight_decay_at_y"])
         self._write(p, z)
-        p.grad, bad = finite(p.grad)
-        own["nonfinite"] = own["nonfinite"] + bad
 
     def _to_y(self, group, p, c):
         """p: new z -> y; x moves towards z by c."""
         own, s = self.own(group), self.state[p]
-        z = join(p, self._base_low(p)).clone()
+        z = join(p, self._base_low(p)).clone().to(working_dtype(p.dtype))
         x = s["x"] if own["store_x"] else s["z"].clone()
         y = x.lerp_(z, c).lerp(z, 1 - own["momentum"])
         s["z"].copy_(z)

@@ -1,0 +1,1 @@
+"""The experiment side of the package: data, runs, figures and the notebook runner."""

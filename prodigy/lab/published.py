@@ -1,0 +1,115 @@
+"""The published numbers that the notebooks lay beside their own, each with its source.
+
+Only numbers that were read in the source itself stand here. Tables are DataFrames with columns
+set, method, mean, se (final training accuracy in per cent and its standard error over 10 seeds;
+se is missing where the paper's legend leaves it out); curves are the files in figures/published.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+__all__ = ["CURVES", "DADAPTATION_FIG2", "ROAD_FIG8", "Source", "Table", "curve"]
+
+FOLDER = Path(__file__).resolve().parents[2] / "figures" / "published"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a number was published; status says how it was read there."""
+
+    title: str
+    where: str
+    figure: str
+    status: str
+
+    def __str__(self):
+        return f"{self.title}, {self.where}, {self.figure} ({self.status})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table: its source, and per data set the pairs (mean, se) in order of methods."""
+
+    source: Source
+    methods: tuple
+    values: dict
+
+    def frame(self):
+        """The table in long form: one row for each set and method."""
+        rows = [(name, method, mean, se) for name, pairs in self.values.items()
+                for method, (mean, se) in zip(self.methods, pairs, strict=True)]
+        return pd.DataFrame(rows, columns=["set", "method", "mean", "se"])
+
+    def of(self, name, method):
+        """The pair (mean, se) of one data set and method. Raises KeyError with the known names."""
+        if name not in self.values or method not in self.methods:
+            raise KeyError(f"no published number for {name!r}, {method!r}; sets are "
+                           f"{', '.join(self.values)}, methods {', '.join(self.methods)}")
+        return self.values[name][self.methods.index(method)]
+
+
+_DADAPTATION = ("Learning-Rate-Free Learning by D-Adaptation", "arXiv 2301.07733 v5")
+_ROAD = ("The Road Less Scheduled", "arXiv 2405.15682 v4")
+_PACKAGES = ("MNIST example", "READMEs of schedule_free and prodigy-plus-schedule-free")
+
+CURVES = {
+    "dadaptation_fig1_abs": Source(*_DADAPTATION, "Fig. 1", "confirmed: read off the vector art"),
+    "dadaptation_fig2_convex": Source(*_DADAPTATION, "Fig. 2",
+                                      "confirmed: read off the vector art"),
+    "mnist_convnet": Source(*_PACKAGES, "printed logs", "confirmed: printed; one seed each"),
+}
+
+DADAPTATION_FIG2 = Table(
+    Source(*_DADAPTATION, "Fig. 2", "confirmed: legends of the figure"),
+    ("Adam", "D-Adapt Adam"),
+    {
+        "Sensorless": ((89.5, 0.01), (90.0, 0.07)),
+        "Aloi": ((94.1, 0.01), (97.1, 0.01)),
+        "DNA": ((100.0, 0.00), (100.0, 0.00)),
+        "Glass": ((72.0, 0.16), (72.3, 0.19)),
+        "Iris": ((98.3, 0.11), (98.6, 0.00)),
+        "Letter": ((77.8, 0.01), (77.7, 0.01)),
+        "Pendigits": ((96.2, 0.02), (95.8, 0.02)),
+        "smallNORB": ((92.9, 0.03), (95.8, 0.04)),
+        "USPS": ((98.6, 0.01), (98.6, 0.01)),
+        "Vehicle": ((82.1, 0.08), (81.9, 0.16)),
+        "Vowel": ((77.4, 0.11), (77.4, 0.15)),
+        "Wine": ((100.0, 0.00), (100.0, 0.00)),
+    },
+)
+
+ROAD_FIG8 = Table(
+    Source(*_ROAD, "Fig. 8", "confirmed: legends of the figure"),
+    ("Polyak", "primal", "Schedule-Free AdamW", "linear decay"),
+    {
+        "Sensorless": ((85.5, 0.00), (83.0, 0.44), (89.7, 0.00), (89.2, 0.01)),
+        "Aloi": ((95.7, 0.01), (95.4, 0.02), (97.2, 0.01), (95.8, 0.00)),
+        "DNA": ((100.0, 0.01), (100.0, None), (100.0, None), (100.0, None)),
+        "Glass": ((68.8, 0.10), (65.0, 0.61), (72.1, 0.14), (70.3, 0.14)),
+        "Iris": ((98.3, 0.08), (98.5, 0.06), (98.6, 0.00), (98.6, 0.00)),
+        "Letter": ((77.8, None), (77.8, 0.02), (77.8, None), (77.8, 0.01)),
+        "Pendigits": ((95.8, 0.01), (94.0, 0.11), (96.0, 0.01), (96.0, 0.02)),
+        "smallNORB": ((90.8, 0.01), (90.8, 0.64), (98.1, 0.00), (96.5, 0.01)),
+        "USPS": ((98.0, 0.01), (98.1, 0.03), (99.5, 0.00), (98.9, 0.01)),
+        "Vehicle": ((80.8, 0.04), (81.2, 0.16), (83.4, 0.04), (83.2, 0.14)),
+        "Vowel": ((76.8, 0.10), (77.2, 0.18), (77.5, 0.03), (77.6, 0.10)),
+        "Wine": ((100.0, None), (100.0, None), (100.0, None), (100.0, None)),
+    },
+)
+
+
+def curve(name):
+    """A published curve as a DataFrame; name is a key of CURVES.
+
+    Raises ValueError for another name, FileNotFoundError where the repository's figures are not
+    beside the package (an installed wheel has none).
+    """
+    if name not in CURVES:
+        raise ValueError(f"no published curve {name!r}; there are {', '.join(CURVES)}")
+    path = FOLDER / f"{name}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing. The published curves lie in figures/published of the repository: "
+            "run from a checkout, with the package installed by `pip install -e .`")
+    return pd.read_csv(path)

@@ -1,0 +1,298 @@
+r"""The papers' boxes, line by line, over one vector.
+
+Every function here is the box of a paper written down as plainly as possible: exact, slow, and
+the reference against which the importable optimizers are tested. All of them are called as
+
+    trace = box(grad, x0, steps, ...the box's own parameters...)
+
+with `grad` a function from a point to a (sub)gradient, `x0` one vector of shape (p,), computed in
+float64, and `steps` the number of updates. The trace holds one row for each k = 0, ..., steps of
+everything that step k knows before it moves: `trace.x[k]` of shape (p,) is the point x_k,
+`trace.g[k]` its gradient, `trace.d[k]` the estimate d_k in use, `trace.dhat[k]` the lower bound
+that was compared with it (dhat_0 = d_0), `trace.lam[k]` the weight or step of g_k, and so on. A
+box that needs no further step (a zero first gradient) returns a shorter trace.
+
+The numbering is that of D-Adaptation (arXiv 2301.07733, version 5), Prodigy (arXiv 2306.06101)
+and The Road Less Scheduled (arXiv 2405.15682).
+"""
+from functools import wraps
+from itertools import count, islice
+from types import SimpleNamespace
+
+import torch
+
+__all__ = [
+    "averages", "dadapt_dual_averaging", "dadapt_gd", "dadapt_adagrad", "dadapt_sgd",
+    "dadapt_adam", "prodigy_gd", "prodigy_dual_averaging", "prodigy_adam", "polyak_averaging",
+    "primal_averaging", "schedule_free_sgd",
+]
+
+
+# ------------------------------------------------------------------ what the boxes share
+def traced(box):
+    """Turn a box, a generator that yields its variables at every k, into a run of `steps` updates.
+
+    Raises ValueError when x0 is not one vector, when steps is no positive integer, and when one
+    of d0, G, G_inf, lr is given but not positive.
+    """
+    @wraps(box)
+    def run(grad, x0, steps, **parameters):
+        x0 = torch.as_tensor(x0, dtype=torch.float64)
+        if x0.ndim != 1:
+            raise ValueError(f"x0 must be one vector of shape (p,), not {tuple(x0.shape)}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a positive integer, not {steps!r}")
+        for name in {"d0", "G", "G_inf", "lr"} & parameters.keys():
+            value = parameters[name]
+            if not callable(value) and value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value!r}")
+        rows = list(islice(box(grad, x0, **parameters), steps + 1))
+        keys = rows[0].keys()
+        return SimpleNamespace(**{key: torch.stack([_double(row[key]) for row in rows])
+                                  for key in keys})
+    return run
+
+
+def _double(value):
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def norm(v, order=2):
+    """The norm of a vector of shape (p,): Euclidean, or of the given order (1, 2, inf)."""
+    return torch.linalg.vector_norm(v, order)
+
+
+def at(schedule, k):
+    """The value of a parameter at step k: a number stays itself, a function of k is called."""
+    return schedule(k) if callable(schedule) else schedule
+
+
+def ratio(numerator, denominator):
+    """numerator / denominator, and 0 where the denominator is 0 (a bound that says nothing)."""
+    return numerator / denominator if denominator > 0 else torch.zeros_like(denominator)
+
+
+def averages(x, weights):
+    """The running weighted means sum_{i<=k} w_i x_i / sum_{i<=k} w_i; x is (n, p), weights (n,)."""
+    return (weights[:, None] * x).cumsum(0) / weights.cumsum(0)[:, None]
+
+
+# ------------------------------------------------------------------ D-Adaptation
+@traced
+def dadapt_dual_averaging(grad, x0, *, d0, option=1, G=None):
+    """Algorithm 1 of D-Adaptation: dual averaging, with either lower bound on D.
+
+    option is 1 or 2. With G the normaliser is that of the non-asymptotic theorem,
+    gamma_{k+1} = 1 / sqrt(G^2 + sum |g_i|^2) and gamma_0 = 1 / G; without it the one of the box.
+    """
+    if option not in (1, 2):
+        raise ValueError(f"option must be 1 or 2, not {option!r}")
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    g = grad(x)
+    gamma = 1 / (_double(G) if G else norm(g))
+    squares = G**2 if G else 0.0
+    subtracted = numerator = 0.0
+    while True:
+        yield {"x": x, "g": g, "s": s, "d": d, "dhat": dhat, "lam": d, "gamma": gamma}
+        if torch.isinf(gamma):
+            return
+        subtracted = subtracted + gamma * d**2 * norm(g)**2
+        numerator = numerator + gamma * d * (g @ s)
+        squares = squares + norm(g)**2
+        s = s + d * g
+        gamma = 1 / torch.sqrt(squares)
+        if option == 1:
+            dhat = ratio(gamma * norm(s)**2 - subtracted, 2 * norm(s))
+        else:
+            dhat = ratio(numerator, norm(s))
+        d = torch.maximum(d, dhat)
+        x = x0 - gamma * s
+        g = grad(x)
+
+
+@traced
+def dadapt_gd(grad, x0, *, d0, G):
+    """Algorithm 2 of D-Adaptation: gradient descent; G bounds the gradients' norm."""
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    squares, subtracted = G**2, 0.0
+    while True:
+        g = grad(x)
+        squares = squares + norm(g)**2
+        lam = d / torch.sqrt(squares)
+        yield {"x": x, "g": g, "s": s, "d": d, "dhat": dhat, "lam": lam}
+        subtracted = subtracted + lam**2 * norm(g)**2
+        s = s + lam * g
+        dhat = ratio(norm(s)**2 - subtracted, 2 * norm(s))
+        d = torch.maximum(d, dhat)
+        x = x - lam * g
+
+
+@traced
+def dadapt_adagrad(grad, x0, *, G_inf, d0=1e-6):
+    """Algorithm 3 of D-Adaptation: AdaGrad; G_inf bounds every coordinate of the gradients."""
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    a = torch.full_like(x0, G_inf)
+    subtracted = 0.0
+    while True:
+        g = grad(x)
+        yield {"x": x, "g": g, "s": s, "d": d, "dhat": dhat, "lam": d, "a": a}
+        subtracted = subtracted + d**2 * (g**2 / a).sum()
+        s = s + d * g
+        a = torch.sqrt(a**2 + g**2)
+        dhat = ratio((s**2 / a).sum() - subtracted, 2 * norm(s, 1))
+        d = torch.maximum(d, dhat)
+        x = x0 - s / a
+
+
+@traced
+def dadapt_sgd(grad, x0, *, d0=1e-6, gamma=1.0, beta=0.9, G=None):
+    """Algorithm 4 of D-Adaptation: SGD with momentum as primal averaging.
+
+    gamma is a number or a function of k with base value 1; G defaults to |g_0|. The factor 2 of
+    dhat is the paper's: twice the provable bound, so that d <= 2 D here.
+    """
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    z, numerator = x0, 0.0
+    for k in count():
+        g = grad(x)
+        G = G if G else norm(g)
+        lam = d * at(gamma, k) / G
+        yield {"x": x, "z": z, "g": g, "s": s, "d": d, "dhat": dhat, "lam": lam}
+        if G == 0:
+            return
+        numerator = numerator + lam * (g @ s)
+        s = s + lam * g
+        z = z - lam * g
+        x = beta * x + (1 - beta) * z
+        dhat = ratio(2 * numerator, norm(s))
+        d = torch.maximum(d, dhat)
+
+
+@traced
+def dadapt_adam(grad, x0, *, d0=1e-6, gamma=1.0, betas=(0.9, 0.999), eps=1e-8):
+    """Algorithm 5 of D-Adaptation, Adam as printed: <g_k, s_k> under the new denominator A_{k+1}.
+
+    The dadaptation package, and prodigy.DAdaptAdam with it, takes the old denominator A_k there.
+    """
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    m = v = torch.zeros_like(x0)
+    r = 0.0
+    beta1, beta2 = betas
+    root = beta2**0.5
+    for k in count():
+        g = grad(x)
+        lam = d * at(gamma, k)
+        yield {"x": x, "g": g, "s": s, "m": m, "v": v, "r": r, "d": d, "dhat": dhat, "lam": lam}
+        m = beta1 * m + (1 - beta1) * lam * g
+        v = beta2 * v + (1 - beta2) * g**2
+        A = torch.sqrt(v) + eps
+        x = x - m / A
+        r = root * r + (1 - root) * lam * (g * s / A).sum()
+        s = root * s + (1 - root) * lam * g
+        dhat = ratio(r, (1 - root) * norm(s, 1))
+        d = torch.maximum(d, dhat)
+
+
+# ------------------------------------------------------------------ Prodigy
+@traced
+def prodigy_gd(grad, x0, *, d0, G, weights=1.0):
+    """Prodigy's gradient descent; weights lambda_k >= 1, nondecreasing: a number or f(k)."""
+    x, d, dhat = x0, _double(d0), _double(d0)
+    squares = numerator = 0.0
+    for k in count():
+        g = grad(x)
+        weight = at(weights, k)
+        squares = squares + (d * weight)**2 * norm(g)**2
+        eta = d**2 * weight / torch.sqrt(d**2 * G**2 + squares)
+        yield {"x": x, "g": g, "d": d, "dhat": dhat, "lam": eta}
+        numerator = numerator + eta * (g @ (x0 - x))
+        x = x - eta * g
+        dhat = ratio(numerator, norm(x - x0))
+        d = torch.maximum(d, dhat)
+
+
+@traced
+def prodigy_dual_averaging(grad, x0, *, d0, G):
+    """Prodigy's dual averaging: weights lambda_k = d_k^2, and G^2 weighted by the newest one."""
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    squares = numerator = 0.0
+    gamma = 1 / (d * G)
+    while True:
+        g = grad(x)
+        lam = d**2
+        yield {"x": x, "g": g, "s": s, "d": d, "dhat": dhat, "lam": lam, "gamma": gamma}
+        numerator = numerator + lam * (g @ (x0 - x))
+        squares = squares + lam * norm(g)**2
+        s = s + lam * g
+        dhat = ratio(numerator, norm(s))
+        d = torch.maximum(d, dhat)
+        gamma = 1 / torch.sqrt(d**2 * G**2 + squares)
+        x = x0 - gamma * s
+
+
+@traced
+def prodigy_adam(grad, x0, *, d0=1e-6, gamma=1.0, betas=(0.9, 0.999), eps=1e-8):
+    """Prodigy's Adam as printed: the step and eps d_k both use the d_k the step came with.
+
+    gamma is a number or a function of k with base value 1.
+    """
+    x, s, d, dhat = x0, torch.zeros_like(x0), _double(d0), _double(d0)
+    m = v = torch.zeros_like(x0)
+    r = 0.0
+    beta1, beta2 = betas
+    root = beta2**0.5
+    for k in count():
+        g = grad(x)
+        lam = at(gamma, k) * d**2
+        yield {"x": x, "g": g, "s": s, "m": m, "v": v, "r": r, "d": d, "dhat": dhat, "lam": lam}
+        m = beta1 * m + (1 - beta1) * d * g
+        v = beta2 * v + (1 - beta2) * d**2 * g**2
+        r = root * r + (1 - root) * lam * (g @ (x0 - x))
+        s = root * s + (1 - root) * lam * g
+        x = x - at(gamma, k) * d * m / (torch.sqrt(v) + d * eps)
+        dhat = ratio(r, norm(s, 1))
+        d = torch.maximum(d, dhat)
+
+
+# ------------------------------------------------------------------ averaging
+# These boxes count t = 1, 2, ...: row k of a trace is t = k + 1. lr, weights and beta are numbers
+# or functions of t; x_t is the mean of z_1, ..., z_t with weights w_t.
+@traced
+def polyak_averaging(grad, x0, *, lr, weights=1.0):
+    """SGD whose output is the Polyak-Ruppert average: gradients at z_t, x_t only returned."""
+    x = z = x0
+    total = at(weights, 1)
+    for t in count(1):
+        g = grad(z)
+        yield {"x": x, "y": z, "z": z, "g": g}
+        z = z - at(lr, t) * g
+        total = total + at(weights, t + 1)
+        x = x + at(weights, t + 1) / total * (z - x)
+
+
+@traced
+def primal_averaging(grad, x0, *, lr, weights=1.0):
+    """Primal averaging: gradients at the average x_t itself."""
+    x = z = x0
+    total = at(weights, 1)
+    for t in count(1):
+        g = grad(x)
+        yield {"x": x, "y": x, "z": z, "g": g}
+        z = z - at(lr, t) * g
+        total = total + at(weights, t + 1)
+        x = x + at(weights, t + 1) / total * (z - x)
+
+
+@traced
+def schedule_free_sgd(grad, x0, *, lr, beta=0.9, weights=1.0):
+    """Schedule-Free SGD with any weights w_t > 0 and any beta_t in [0, 1]; x, y, z all kept."""
+    x = z = x0
+    total = at(weights, 1)
+    for t in count(1):
+        y = (1 - at(beta, t)) * z + at(beta, t) * x
+        g = grad(y)
+        yield {"x": x, "y": y, "z": z, "g": g}
+        z = z - at(lr, t) * g
+        total = total + at(weights, t + 1)
+        c = at(weights, t + 1) / total
+        x = (1 - c) * x + c * z
