@@ -204,7 +204,9 @@ class Family(torch.optim.Optimizer):
 
     def _fill(self, group):
         """Give a group whatever key it lacks; numbers that adapt() moves become 0-d tensors."""
-        for name, value in {**self.defaults, **self._begin(group)}.items():
+        for name, value in self.defaults.items():
+            group.setdefault(name, value)
+        for name, value in self._begin(group).items():
             group.setdefault(name, value)
         self._place(group)
 
@@ -217,9 +219,9 @@ class Family(torch.optim.Optimizer):
         """{name: value} that a group added later takes over from the first group."""
         return {}
 
-    def _place(self, group, home=None):
+    def _place(self, group):
         """Keep the group's 0-d tensors where its parameters are, in their working dtype."""
-        home = group["params"][0] if home is None and group["params"] else home
+        home = group["params"][0] if group["params"] else None
         names = self.estimates + (self.counters if group["capturable"] else ())
         for name in (*names, "nonfinite"):
             value = group[name]
@@ -237,6 +239,8 @@ class Family(torch.optim.Optimizer):
         """A new value for one of the group's 0-d tensors (in place where a graph was captured)."""
         if group["capturable"]:
             group[name].copy_(value)
+        elif isinstance(group[name], Tensor):
+            group[name] = value.to(group[name])
         else:
             group[name] = value
 
@@ -287,7 +291,7 @@ class Family(torch.optim.Optimizer):
         batches = {}
         for group, params in active:
             if params:
-                self._place(group, params[0])
+                self._place(group)
             frozen = self.freezes and known_zero(rate(group))
             for p in params:
                 s = self._ready(group, p)

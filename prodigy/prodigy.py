@@ -219,12 +219,14 @@ class Prodigy(Estimator):
         return float(self.scalars(group, group["k"] + 1)["dlr"])
 
     def convert(self, state_dict):
-        """prodigyopt keeps p0 of an all-zero tensor as one number, and no cosine."""
+        """prodigyopt keeps s and p0 flat, and p0 of an all-zero tensor as one number."""
         state_dict = super().convert(state_dict)
-        for s in state_dict["state"].values():
-            if "p0" in s and s["p0"].shape != s["s"].shape:
-                s["p0"] = s["p0"].expand_as(s["s"]).clone()
         for group in state_dict["param_groups"]:
+            states = [state_dict["state"].get(i, {}) for i in group["params"]]
+            for s in [s for s in states if "p0" in s]:
+                like = every(s["exp_avg_sq"], group.get("slice_p", 1))
+                for name in ("s", "p0"):
+                    s[name] = s[name].flatten().expand(like.numel()).reshape(like.shape)
             group.update(d_hat=group.get("d_hat", group["d"]), d_denom=group.get("d_denom", 0.0))
         return state_dict
 

@@ -514,11 +514,10 @@ class ScheduleFreeWrapper(ScheduleFree):
             store_x=store_x,
             schedulefree_c=schedulefree_c,
         )
-        for name, value in own.items():
-            if name != "store_x":
-                check(name, value, {"momentum": "[0, 1]"})
-        self.base = base
         self.entries = {**own, "closure_form": closure_form}
+        for name, value in self.entries.items():
+            check(name, value, {"momentum": "[0, 1]"})
+        self.base = base
         self.validate(self.entries)
         torch.optim.Optimizer.__init__(self, base.param_groups, base.defaults)
 
@@ -535,7 +534,10 @@ class ScheduleFreeWrapper(ScheduleFree):
         fresh = {**self.entries, **self.begin(self.entries), "k": 0, "nonfinite": 0}
         if group is not self.param_groups[0]:
             fresh["train_mode"] = self.own(self.param_groups[0])["train_mode"]
-        group["schedule_free"] = {**fresh, **group.get("schedule_free", {})}
+        own = group["schedule_free"] = {**fresh, **group.get("schedule_free", {})}
+        like = rate(group) * group.get("d", 1.0)
+        if isinstance(like, Tensor):
+            own.update({name: torch.as_tensor(own[name]).to(like) for name in self.counters[1:]})
 
     def adapt(self, groups, totals):
         raise NotImplementedError("the wrapper's update keeps its own books")
@@ -681,7 +683,7 @@ class ScheduleFreeWrapper(ScheduleFree):
                 group.pop("lr_max", None)
             group["schedule_free"] = dict(group["schedule_free"])
         base = {i: {k: v for k, v in s.items() if k not in self.kept} for i, s in state.items()}
-        base = {i: s for i, s in base.items() if s}
+        base = {i: {k: cloned(v) for k, v in s.items()} for i, s in base.items() if s}
         self.base.load_state_dict({"state": base, "param_groups": groups})
         self.param_groups = list(self.base.param_groups)
         ids = [i for group in groups for i in group["params"]]
@@ -699,3 +701,8 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     def __setstate__(self, state):
         torch.optim.Optimizer.__setstate__(self, state)
+
+
+def cloned(value):
+    """A copy of a tensor (torch.optim's load_state_dict keeps the saved one), anything else as is."""
+    return value.clone() if isinstance(value, Tensor) else value

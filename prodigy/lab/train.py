@@ -12,7 +12,7 @@ its learning rate lives on the device, here one number per run.
 import itertools
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +71,17 @@ def mean_and_error(values, axis=-1):
     n = values.shape[axis]
     spread = values.std(axis, ddof=1) / np.sqrt(n) if n > 1 else np.full_like(values.mean(axis), np.nan)
     return values.mean(axis), spread
+
+
+@contextmanager
+def one_thread(small):
+    """Compute on one thread if the tensors are small: sharing them out costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if small else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def forward(X, weights):
@@ -184,7 +195,8 @@ def sweep(
     ).to(device)
     rates = torch.as_tensor(np.repeat(lrs, len(seeds)), device=device)
     weights, orders = [W.repeat(len(lrs), 1, 1) for W in weights], orders.repeat(len(lrs), 1, 1)
-    with warnings.catch_warnings(), torch.no_grad():
+    largest = max(W.numel() for W in weights)
+    with warnings.catch_warnings(), torch.no_grad(), one_thread(largest < 2**17):
         warnings.filterwarnings("ignore", message="There is a performance drop")
         trace = vmap(run)(rates, weights, orders)
     trace = trace.reshape(len(lrs), len(seeds), epochs, 4).cpu().numpy()

@@ -1,0 +1,307 @@
+"""One body, several ways to run it: loop, foreach, compiled, capturable, meta tensors, vmap.
+
+All give the same numbers; none reads a number back from the device; changing numbers compile once.
+"""
+
+import collections
+import functools
+
+import pytest
+import torch
+import zoo
+from torch._dynamo.utils import counters
+from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import prodigy
+from prodigy.optimizer import Family
+
+
+def is_ours(case):
+    """The arithmetic is this package's (not a wrapped torch.optim)."""
+    base = getattr(case.cls, "base", case.cls)
+    return issubclass(base, Family)
+
+
+def is_wrapper(case):
+    return hasattr(case.cls, "base")
+
+
+OWN = [case for case in zoo.CASES if is_ours(case)]
+OWN_METHODS = [case for case in zoo.METHODS if is_ours(case)]
+every_case = pytest.mark.parametrize("case", zoo.CASES, ids=str)
+every_own_case = pytest.mark.parametrize("case", OWN, ids=str)
+every_own_method = pytest.mark.parametrize("case", OWN_METHODS, ids=str)
+either_way = pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
+
+
+def check_equal(case, **mode):
+    """The mode gives what the loop gives: y, x and the whole trajectory of d."""
+    loop, other = zoo.run(case, foreach=False), zoo.run(case, **mode)
+    assert zoo.error(zoo.final(other.problem), zoo.final(loop.problem)) < 1e-9
+    torch.testing.assert_close(other.d, loop.d, rtol=1e-9, atol=0)
+    if case.schedule_free:
+        loop.optimizer.eval()
+        other.optimizer.eval()
+        assert zoo.error(zoo.final(other.problem), zoo.final(loop.problem)) < 1e-9
+
+
+# the same numbers ---------------------------------------------------------------------------------
+
+
+@every_case
+def test_foreach_equals_loop(case):
+    check_equal(case, foreach=True)
+
+
+@every_own_case
+@either_way
+def test_capturable_equals_loop(case, foreach):
+    check_equal(case, foreach=foreach, capturable=True)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def passes(case):
+    """How many functions of a class are compiled: DAdaptSGD looks at the gradients first."""
+    return 2 if "DAdaptSGD" in case.name else 1
+
+
+def cycle(optimizer, steps):
+    """OneCycleLR, which moves lr in every step, and the momentum or beta1 where there is one."""
+    target = optimizer.base if isinstance(optimizer, prodigy.ScheduleFreeWrapper) else optimizer
+    return torch.optim.lr_scheduler.OneCycleLR(
+        target,
+        max_lr=2 * target.param_groups[0]["lr"],
+        total_steps=steps + 1,
+        cycle_momentum="momentum" in target.defaults or "betas" in target.defaults,
+    )
+
+
+@every_own_method
+def test_compiled_equals_loop_and_compiles_once(case, fresh_compiler):
+    """Under Inductor, while lr, momentum (or beta1), d and the step count change in every step."""
+    steps, ends = 12, []
+    for compiled in (False, True):
+        problem = zoo.problem(shapes=[(2, 3, 4, 2), ()])
+        optimizer = zoo.make(case, problem.params, compile=compiled)
+        scheduler = cycle(optimizer, steps)
+        zoo.run(optimizer, steps, problem=problem, each=lambda *_: scheduler.step())
+        ends.append(zoo.final(problem))
+    assert graphs() == passes(case)
+    assert not counters["graph_break"]
+    assert zoo.error(ends[1], ends[0]) < 1e-9
+
+
+@every_own_case
+def test_every_option_compiles_once(case, fresh_compiler, monkeypatch):
+    """The graph as Dynamo traces it, run without Inductor: one per group with its own options."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    ends = []
+    for compiled in (False, True):
+        problem = zoo.problem(shapes=[(3, 2), (4,)])
+        optimizer = zoo.make(case, problem.params, compile=compiled)
+        scheduler = zoo.schedule(optimizer, zoo.warm_then_decay)
+        zoo.run(optimizer, 8, problem=problem, each=lambda *_: scheduler.step())
+        ends.append(zoo.final(problem))
+    assert 1 <= graphs() <= passes(case) * len(optimizer.param_groups)
+    assert zoo.error(ends[1], ends[0]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy", "SGDScheduleFree"])
+def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
+    ends = []
+    for compiled in (False, True):
+        problem = zoo.problem(torch.bfloat16, shapes=[(7, 5), (3,)])
+        zoo.run(getattr(prodigy, name)(problem.params, compile=compiled), 20, problem=problem)
+        ends.append(zoo.final(problem))
+    assert zoo.error(ends[1], ends[0]) < 2**-8  # one rounding of bfloat16
+    assert graphs() == 1
+
+
+# no host read -------------------------------------------------------------------------------------
+
+
+def meta_problem(dtype=torch.float32):
+    """Parameters without numbers, and a function that gives each a gradient."""
+    shapes = [(3, 2), (), (4,), (2, 3, 4, 2)]
+    params = [torch.nn.Parameter(torch.empty(s, device="meta", dtype=dtype)) for s in shapes]
+
+    def fill():
+        for p in params:
+            p.grad = torch.empty_like(p)
+
+    return params, fill
+
+
+MORE_OPTIONS = [
+    zoo.Case("Prodigy-cosine", prodigy.Prodigy, dict(cosine_decay=True, peak_patience=1)),
+    zoo.Case(
+        "Prodigy-cosine-total",
+        prodigy.Prodigy,
+        dict(cosine_decay=True, total_training_steps=4, peak_patience=1),
+    ),
+    zoo.Case("Prodigy-rates", prodigy.Prodigy, groups=({"lr": 0.5}, {"betas": (0.8, 0.9)})),
+    *(
+        zoo.Case(f"{name}-split", getattr(prodigy, name), dict(split_groups=True), groups=({}, {}))
+        for name in ("Prodigy", "DAdaptSGD", "DAdaptAdaGrad", "DAdaptAdam")
+    ),
+    *(
+        zoo.Case(
+            f"{name}-refined", getattr(prodigy, name), dict(store_x=True, schedulefree_c=50.0)
+        )
+        for name in ("SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree")
+    ),
+    zoo.Case("AdamWScheduleFree-inner", prodigy.AdamWScheduleFree, dict(inner_momentum=0.9)),
+]
+
+
+CASES_AND_DTYPES = [(case, torch.float32) for case in [*OWN, *MORE_OPTIONS]]
+CASES_AND_DTYPES += [(case, torch.bfloat16) for case in OWN_METHODS]
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
+@either_way
+@pytest.mark.parametrize(("case", "dtype"), CASES_AND_DTYPES, ids=str)
+def test_no_host_read(case, dtype, foreach, capturable):
+    """A meta tensor has no numbers: whoever asks it for one, or for a branch, gets an error."""
+    params, fill = meta_problem(dtype)
+    optimizer = zoo.make(case, params, foreach=foreach, capturable=capturable)
+    scheduler = zoo.schedule(optimizer, zoo.warm_then_decay)
+    for _ in range(4):
+        fill()
+        optimizer.step()
+        scheduler.step()
+    if hasattr(optimizer, "averaged"):
+        with optimizer.averaged():
+            pass
+        optimizer.eval()
+        optimizer.train()
+    optimizer.state_dict()
+    with pytest.raises(RuntimeError):
+        optimizer.nonfinite()  # the test itself: reading does raise
+
+
+@either_way
+@pytest.mark.parametrize("case", [c for c in OWN_METHODS if not is_wrapper(c)], ids=str)
+def test_no_host_read_of_a_tensor_lr(case, foreach):
+    params, fill = meta_problem()
+    lr = torch.empty((), device="meta")
+    optimizer = zoo.make(case, params, foreach=foreach, capturable=True, lr=lr)
+    for _ in range(3):
+        fill()
+        optimizer.step()
+
+
+# kernels ------------------------------------------------------------------------------------------
+
+
+class Count(TorchDispatchMode):
+    """Counts what runs on the (meta) device, views apart, and what runs on the host."""
+
+    VIEWS = {"view", "_unsafe_view", "split_with_sizes", "slice", "alias", "detach", "unsqueeze"}
+    VIEWS |= {"expand", "_reshape_alias", "reshape", "as_strided", "permute", "t", "select"}
+
+    def __init__(self):
+        super().__init__()
+        self.device, self.host = collections.Counter(), collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        devices = {a.device.type for a in leaves if isinstance(a, torch.Tensor)}
+        name = function._schema.name.removeprefix("aten::")
+        if devices and name not in self.VIEWS:
+            (self.device if "meta" in devices else self.host)[name] += 1
+        return result
+
+
+def count(case, tensors, dtype=torch.float32, foreach=True, **extra):
+    """What the third step over equal tensors launches."""
+    like = torch.empty(3, 2, device="meta", dtype=dtype)
+    params = [torch.nn.Parameter(like.clone()) for _ in range(tensors)]
+    optimizer = zoo.make(zoo.Case("", case.cls, case.kwargs), params, foreach=foreach, **extra)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        with Count() as counted:
+            optimizer.step()
+    return counted
+
+
+@pytest.mark.parametrize("case", [c for c in OWN if not is_wrapper(c)] + MORE_OPTIONS, ids=str)
+def test_kernels_of_the_foreach_step_do_not_grow_with_the_number_of_tensors(case):
+    """What grows: views, which launch nothing, and on the host the classical methods' step counts
+    (one number per tensor, as in torch.optim)."""
+    few, many = count(case, 4), count(case, 40)
+    assert few.device == many.device
+    grown = {name for name in many.host if many.host[name] != few.host[name]}
+    counts = {"add_", "_local_scalar_dense", "lift_fresh"}
+    assert grown <= (counts if case.cls.own_clock else set())
+
+
+def test_what_does_grow_with_the_number_of_tensors():
+    """Per tensor are: joining and splitting float32 numbers beside bfloat16 weights, undoing a step
+    for a tensor lr that may freeze, and the wrapper's own books."""
+    prod = zoo.Case("", prodigy.Prodigy)
+    wrapped = zoo.wrapper_case("", prodigy.Prodigy, None, {})
+    on_device = dict(capturable=True, lr=torch.empty((), device="meta"))
+    for case, extra in (
+        (prod, dict(dtype=torch.bfloat16)),
+        (prod, on_device),
+        (wrapped, {}),
+    ):
+        few, many = (sum(count(case, n, **extra).device.values()) for n in (4, 40))
+        per_tensor = (many - few) / 36
+        assert 0 < per_tensor <= 25
+
+
+def test_foreach_launches_fewer_kernels_than_the_loop():
+    for case in OWN_METHODS:
+        if not is_wrapper(case):
+            launched = [count(case, 40, foreach=mode).device.total() for mode in (True, False)]
+            assert launched[0] < launched[1] / 5
+
+
+# sweeps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over some operations
+@pytest.mark.parametrize("case", OWN_METHODS, ids=str)
+def test_vmap_over_lr_and_seed_equals_separate_runs(case):
+    """Four problems in one batched run: their own rate, start, noise, and their own d."""
+    steps, size = 25, 5
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randn(4, size, generator=generator, dtype=torch.float64)
+    noise = 0.1 * torch.randn(4, steps, size, generator=generator, dtype=torch.float64)
+    rates = torch.tensor([1.0, 0.5, 0.1, 2.0], dtype=torch.float64)
+    if not (case.estimates_d or "SGD" in case.name):
+        rates = 0.1 * rates
+
+    def train(lr, start, noise):
+        p = start.clone()
+        if is_wrapper(case):
+            optimizer = prodigy.ScheduleFreeWrapper(case.cls.base([p], lr=lr, capturable=True))
+        else:
+            optimizer = case.cls([p], lr=lr, capturable=True)
+        for step in range(steps):
+            p.grad = (p - 1) * torch.arange(1, size + 1) / size + noise[step]
+            optimizer.step()
+        return p, torch.as_tensor(optimizer.param_groups[0].get("d", 0.0), dtype=torch.float64)
+
+    batched, d = vmap(train)(rates, starts, noise)
+    for i in range(4):
+        alone, own_d = train(rates[i].item(), starts[i], noise[i])
+        torch.testing.assert_close(batched[i], alone, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(d[i], own_d, rtol=1e-9, atol=0)
+    assert len({round(float(a), 12) for a in batched[:, 0]}) == 4
