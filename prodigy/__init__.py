@@ -16,27 +16,11 @@ torch.optim, dadaptation 3.2, prodigyopt 1.1.2 and schedulefree 1.4.1.
 from .classical import SGD, Adagrad, Adam, AdamW, RMSprop
 from .dadaptation import DAdaptAdaGrad, DAdaptAdam, DAdaptSGD
 from .prodigy import Prodigy
-from .schedulefree import (
-    AdamWScheduleFree,
-    RAdamScheduleFree,
-    ScheduleFreeWrapper,
-    SGDScheduleFree,
-)
+from .schedulefree import (AdamWScheduleFree, RAdamScheduleFree, ScheduleFreeWrapper,
+                           SGDScheduleFree)
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SGD",
-    "Adagrad",
-    "RMSprop",
-    "Adam",
-    "AdamW",
-    "DAdaptSGD",
-    "DAdaptAdaGrad",
-    "DAdaptAdam",
-    "Prodigy",
-    "SGDScheduleFree",
-    "AdamWScheduleFree",
-    "RAdamScheduleFree",
-    "ScheduleFreeWrapper",
-]
+__all__ = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "DAdaptSGD", "DAdaptAdaGrad",
+           "DAdaptAdam", "Prodigy", "SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree",
+           "ScheduleFreeWrapper"]

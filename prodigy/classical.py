@@ -17,7 +17,7 @@ def wide_zeros(p):
 
 
 class Classical(Family):
-    """A method that writes ``advance`` only; its bias correction counts each parameter's own steps."""
+    """A method that writes ``advance`` only; it counts each parameter's own steps."""
 
     own_clock = True
     freezes = False  # lr = 0 multiplies every motion, and the averages go on, as in torch.optim
@@ -32,7 +32,7 @@ class Classical(Family):
 
 
 class SGD(Classical):
-    r"""Stochastic gradient descent with momentum (Polyak 1964; Nesterov 1983; Sutskever et al. 2013).
+    r"""Stochastic gradient descent with momentum (Polyak 1964; Sutskever et al. 2013).
 
     .. math::
         b_{t} = \mu b_{t-1} + (1-\tau) g_t \quad (b_1 = g_1), \qquad
@@ -51,18 +51,10 @@ class SGD(Classical):
         **modes: see :class:`prodigy.optimizer.Family`.
     """
 
-    def __init__(
-        self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False, **modes
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            **modes,
-        )
+    def __init__(self, params, lr=1e-3, momentum=0, dampening=0, weight_decay=0, nesterov=False,
+                 **modes):
+        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening,
+                         weight_decay=weight_decay, nesterov=nesterov, **modes)
 
     def validate(self, group):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -72,23 +64,12 @@ class SGD(Classical):
         return {"momentum_buffer": wide_zeros} if group["momentum"] != 0 else {}
 
     def scalars(self, group, t):
-        fresh = where(t == 1, 1.0, 0.0)
-        return dict(
-            lr=rate(group),
-            mu=group["momentum"],
-            gain=1 - group["dampening"] * (1 - fresh),
-            decay=group["weight_decay"],
-            averages=group["momentum"] != 0,
-            nesterov=group["nesterov"],
-            decays=group["weight_decay"] != 0,
-        )
+        return dict(gain=1 - group["dampening"] * where(t > 1, 1.0, 0.0))
 
     def advance(self, x, g, s, h):
-        if h.decays:
-            add_scaled_(g, x, h.decay)
-        if h.averages:
-            b = add_scaled_(s["momentum_buffer"].mul_(h.mu), g, h.gain)
-            g = add_scaled_(g, b, h.mu) if h.nesterov else b
+        if "momentum_buffer" in s:
+            b = add_scaled_(s["momentum_buffer"].mul_(h.momentum), g, h.gain)
+            g = add_scaled_(g, b, h.momentum) if h.nesterov else b
         add_scaled_(x, g, -h.lr)
 
 
@@ -109,42 +90,20 @@ class Adagrad(Classical):
         **modes: see :class:`prodigy.optimizer.Family`.
     """
 
-    def __init__(
-        self,
-        params,
-        lr=1e-2,
-        lr_decay=0,
-        weight_decay=0,
-        initial_accumulator_value=0,
-        eps=1e-10,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            **modes,
-        )
+    def __init__(self, params, lr=1e-2, lr_decay=0, weight_decay=0, initial_accumulator_value=0,
+                 eps=1e-10, **modes):
+        super().__init__(params, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+                         initial_accumulator_value=initial_accumulator_value, eps=eps, **modes)
 
     def buffers(self, group):
         return {"sum": lambda p: wide_zeros(p).add_(group["initial_accumulator_value"])}
 
     def scalars(self, group, t):
-        return dict(
-            lr=rate(group) / (1 + (t - 1) * group["lr_decay"]),
-            eps=group["eps"],
-            decay=group["weight_decay"],
-            decays=group["weight_decay"] != 0,
-        )
+        return dict(clr=rate(group) / (1 + (t - 1) * group["lr_decay"]))
 
     def advance(self, x, g, s, h):
-        if h.decays:
-            add_scaled_(g, x, h.decay)
         v = s["sum"].add_(g.square())
-        x.addcdiv_(g.mul_(h.lr), v.sqrt().add_(h.eps), value=-1)
+        x.addcdiv_(g.mul_(h.clr), v.sqrt().add_(h.eps), value=-1)
 
 
 class RMSprop(Classical):
@@ -168,59 +127,28 @@ class RMSprop(Classical):
         **modes: see :class:`prodigy.optimizer.Family`.
     """
 
-    def __init__(
-        self,
-        params,
-        lr=1e-2,
-        alpha=0.99,
-        eps=1e-8,
-        weight_decay=0,
-        momentum=0,
-        centered=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            **modes,
-        )
+    def __init__(self, params, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0,
+                 centered=False, **modes):
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay,
+                         momentum=momentum, centered=centered, **modes)
 
     def buffers(self, group):
         names = ["square_avg"]
         names += ["momentum_buffer"] * (group["momentum"] > 0) + ["grad_avg"] * group["centered"]
         return dict.fromkeys(names, wide_zeros)
 
-    def scalars(self, group, t):
-        return dict(
-            lr=rate(group),
-            alpha=group["alpha"],
-            mu=group["momentum"],
-            eps=group["eps"],
-            decay=group["weight_decay"],
-            averages=group["momentum"] > 0,
-            centered=group["centered"],
-            decays=group["weight_decay"] != 0,
-        )
-
     def advance(self, x, g, s, h):
-        if h.decays:
-            add_scaled_(g, x, h.decay)
         v = ema_(s["square_avg"], g.square(), h.alpha)
         if h.centered:
             v = v - ema_(s["grad_avg"], g, h.alpha).square()
         u = g.div_(v.sqrt().add_(h.eps))
-        if h.averages:
-            u = s["momentum_buffer"].mul_(h.mu).add_(u)
+        if "momentum_buffer" in s:
+            u = s["momentum_buffer"].mul_(h.momentum).add_(u)
         add_scaled_(x, u, -h.lr)
 
 
 class Adam(Classical):
-    r"""Adam (Kingma and Ba 2015, 1412.6980, Alg. 1), AMSGrad (Reddi et al. 2018, Alg. 2) by option.
+    r"""Adam (Kingma and Ba 2015, 1412.6980, Alg. 1); AMSGrad (Reddi et al. 2018, Alg. 2).
 
     .. math::
         m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2,
@@ -239,28 +167,10 @@ class Adam(Classical):
         **modes: see :class:`prodigy.optimizer.Family`.
     """
 
-    def __init__(
-        self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        amsgrad=False,
-        *,
-        decoupled_weight_decay=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            decoupled_weight_decay=decoupled_weight_decay,
-            **modes,
-        )
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0,
+                 amsgrad=False, *, decoupled_weight_decay=False, **modes):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         amsgrad=amsgrad, decoupled_weight_decay=decoupled_weight_decay, **modes)
 
     def buffers(self, group):
         names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
@@ -268,25 +178,12 @@ class Adam(Classical):
 
     def scalars(self, group, t):
         beta1, beta2 = group["betas"]
-        lr, decay = rate(group), group["weight_decay"]
-        decoupled = group["decoupled_weight_decay"]
-        return dict(
-            beta1=beta1,
-            beta2=beta2,
-            step=lr / (1 - beta1**t),
-            correction=root(1 - beta2**t),
-            eps=group["eps"],
-            decay=decay,
-            shrink=1 - lr * decay,
-            coupled=decay != 0 and not decoupled,
-            decoupled=decay != 0 and decoupled,
-            amsgrad=group["amsgrad"],
-        )
+        lr = rate(group)
+        return dict(step=lr / (1 - beta1**t), correction=root(1 - beta2**t),
+                    shrink=1 - lr * group["weight_decay"])
 
     def advance(self, x, g, s, h):
-        if h.coupled:
-            add_scaled_(g, x, h.decay)
-        if h.decoupled:
+        if h.decouple:
             x.mul_(h.shrink)
         m = ema_(s["exp_avg"], g, h.beta1)
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
@@ -301,13 +198,11 @@ class AdamW(Adam):
     .. math:: x_{t+1} = (1 - \gamma\lambda)\,x_t - \gamma\,
         \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}
 
-    The arguments are :class:`Adam`'s with ``weight_decay=1e-2``, in units of 1/lr: torch multiplies
-    decay by lr, the paper's box does not.
+    The arguments are :class:`Adam`'s with ``weight_decay=1e-2``, in units of 1/lr: torch
+    multiplies decay by lr, the paper's box does not.
     """
 
-    def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, **modes
-    ):
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **modes
-        )
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2,
+                 amsgrad=False, **modes):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad,
+                         decoupled_weight_decay=True, **modes)

@@ -4,7 +4,7 @@ D = ||x_0 - x_*|| is the step size's only unknown. For convex f the sums that a 
 give dhat <= D (Theorem 7), and d_{k+1} = max(d_k, dhat_{k+1}) replaces a search over learning
 rates: ``lr`` stays 1 and carries the schedule. See theory/21_d_adaptation.md.
 
-Arguments, defaults and state keys are those of the package dadaptation 3.2, whose checkpoints load.
+Arguments, defaults and state keys are those of dadaptation 3.2, whose checkpoints load.
 """
 
 import functools
@@ -20,9 +20,10 @@ class Estimator(Family):
     """A method that estimates d: one d for all groups, or with ``split_groups`` one for each.
 
     Groups that share d may have any learning rates: with rho_g = lr_g / max lr the change of
-    variables u = x / rho_g (u = x / sqrt(rho_g) for SGD) turns them into one problem with one rate,
+    variables u = x / rho_g (u = x / sqrt(rho_g) for SGD) turns them into one problem of one rate,
     so their sums add up after a factor of rho_g that each ``observe`` puts where it belongs.
-    A group with lr = 0, or without gradients in this step, is left out of both sums.
+    A group with lr = 0, or without gradients in this step, is left out of both sums. What is
+    shared starts from one d0.
     """
 
     sums = ()  # names of the sums that a group carries from step to step
@@ -69,10 +70,10 @@ class Estimator(Family):
         return ratio(rate(group), self._largest_rate(group))
 
     def _largest_rate(self, group):
-        """max lr over the groups that share this group's d."""
+        """max lr over the groups that share this group's d (an empty group has no say)."""
         if group["split_groups"]:
             return rate(group)
-        return functools.reduce(larger, [rate(g) for g in self.param_groups])
+        return functools.reduce(larger, [rate(g) for g in self.param_groups if g["params"]], 0.0)
 
     def adapt(self, groups, totals):
         totals = dict(zip(map(id, groups), totals))
@@ -150,32 +151,11 @@ class DAdaptSGD(Estimator):
     sums = ("numerator_weighted",)
     shared = ("d", "d_hat", "g0_norm")
 
-    def __init__(
-        self,
-        params,
-        lr=1.0,
-        momentum=0.0,
-        weight_decay=0,
-        log_every=0,
-        d0=1e-6,
-        growth_rate=float("inf"),
-        fsdp_in_use=False,
-        *,
-        split_groups=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            log_every=log_every,
-            d0=d0,
-            growth_rate=growth_rate,
-            fsdp_in_use=fsdp_in_use,
-            split_groups=split_groups,
-            **modes,
-        )
+    def __init__(self, params, lr=1.0, momentum=0.0, weight_decay=0, log_every=0, d0=1e-6,
+                 growth_rate=float("inf"), fsdp_in_use=False, *, split_groups=False, **modes):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                         log_every=log_every, d0=d0, growth_rate=growth_rate,
+                         fsdp_in_use=fsdp_in_use, split_groups=split_groups, **modes)
 
     @property
     def estimates(self):
@@ -188,8 +168,6 @@ class DAdaptSGD(Estimator):
         return {"x0": torch.clone, "s": wide_zeros}
 
     def look(self, x, g, s, h):
-        if h.decays:
-            add_scaled_(g, x, h.decay)
         return [inner(g, g)]
 
     def prepare(self, groups, totals):
@@ -205,25 +183,16 @@ class DAdaptSGD(Estimator):
     def scalars(self, group, t):
         lr, top, norm = rate(group), self._largest_rate(group), group["g0_norm"]
         size = group["d"] / torch.where(norm > 0, norm, 1.0)
-        return dict(
-            weight=size * top,
-            step=size * lr,
-            inverse_rho=ratio(top, lr),
-            beta=group["momentum"],
-            decay=group["weight_decay"],
-            decays=group["weight_decay"] != 0,
-        )
+        return dict(weight=size * top, step=size * lr, inverse_rho=ratio(top, lr))
 
     def observe(self, x, g, s, h):
-        if h.decays:
-            add_scaled_(g, x, h.decay)
         numerator = inner(g, s["s"]) * h.weight
         s = add_scaled_(s["s"], g, h.step)
         return numerator, inner(s, s) * h.inverse_rho
 
     def advance(self, x, g, s, h):
         z = s["x0"].to(x.dtype) - s["s"]
-        x.lerp_(z, 1 - h.beta)
+        x.lerp_(z, 1 - h.momentum)
 
     def add_up(self, group, sums):
         self._keep(group, "numerator_weighted", group["numerator_weighted"] + sums[0])
@@ -272,51 +241,21 @@ class DAdaptAdaGrad(Estimator):
     ranges = {"momentum": "[0, 1]", "eps": "(0, inf)"}
     sums = ("sksq_weighted", "gsq_weighted", "skl1")
 
-    def __init__(
-        self,
-        params,
-        lr=1.0,
-        momentum=0,
-        log_every=0,
-        weight_decay=0.0,
-        eps=1e-6,
-        d0=1e-6,
-        growth_rate=float("inf"),
-        *,
-        split_groups=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            log_every=log_every,
-            weight_decay=weight_decay,
-            eps=eps,
-            d0=d0,
-            growth_rate=growth_rate,
-            split_groups=split_groups,
-            **modes,
-        )
+    def __init__(self, params, lr=1.0, momentum=0, log_every=0, weight_decay=0.0, eps=1e-6,
+                 d0=1e-6, growth_rate=float("inf"), *, split_groups=False, **modes):
+        super().__init__(params, lr=lr, momentum=momentum, log_every=log_every,
+                         weight_decay=weight_decay, eps=eps, d0=d0, growth_rate=growth_rate,
+                         split_groups=split_groups, **modes)
 
     def buffers(self, group):
         return {"x0": torch.clone, "sk": wide_zeros, "alphak": lambda p: wide_zeros(p).add_(1e-6)}
 
     def scalars(self, group, t):
         lr, top, d = rate(group), self._largest_rate(group), group["d"]
-        return dict(
-            step=d * lr,
-            square=(d * top) ** 2 * self._rho(group),
-            inverse_rho=ratio(top, lr),
-            beta=group["momentum"],
-            eps=group["eps"],
-            decay=group["weight_decay"],
-            decays=group["weight_decay"] != 0,
-        )
+        return dict(step=d * lr, square=(d * top) ** 2 * self._rho(group),
+                    inverse_rho=ratio(top, lr))
 
     def observe(self, x, g, s, h):
-        if h.decays:
-            add_scaled_(g, x, h.decay)
         a, s = s["alphak"], s["sk"]
         before = inner(s, s / a.sqrt().add_(h.eps)), s.norm(1)
         gg = g.square()
@@ -328,7 +267,7 @@ class DAdaptAdaGrad(Estimator):
 
     def advance(self, x, g, s, h):
         a, x0, s = s["alphak"], s["x0"].to(x.dtype), s["sk"]
-        x.lerp_(x0 - s / a.sqrt().add_(h.eps), 1 - h.beta)
+        x.lerp_(x0 - s / a.sqrt().add_(h.eps), 1 - h.momentum)
 
     def add_up(self, group, sums):
         for name, change in zip(self.sums, sums):
@@ -352,8 +291,8 @@ class DAdaptAdam(Estimator):
         d_{k+1} = \max(d_k, \min(\hat d_{k+1}, \texttt{growth\_rate}\, d_k)), \quad
         x_{k+1} = x_k - A_{k+1}^{-1} m_{k+1}.
 
-    As in the package, and unlike the printed box, <g, s> is weighed by the old denominator A_k; the
-    box's A_{k+1} is ``prodigy.lab.textbook``'s. The package's bias correction multiplies gamma_k.
+    As in the package, and unlike the printed box, <g, s> is weighed by the old denominator A_k;
+    the box's A_{k+1} is ``prodigy.lab.textbook``'s. Bias correction multiplies gamma_k.
 
     Args:
         params: tensors, named tensors or parameter groups; a group's ``layer_scale`` (default 1)
@@ -375,38 +314,13 @@ class DAdaptAdam(Estimator):
     ranges = {"eps": "(0, inf)"}
     sums = ("numerator_weighted",)
 
-    def __init__(
-        self,
-        params,
-        lr=1.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        log_every=0,
-        decouple=False,
-        use_bias_correction=False,
-        d0=1e-6,
-        growth_rate=float("inf"),
-        fsdp_in_use=False,
-        *,
-        split_groups=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            log_every=log_every,
-            decouple=decouple,
-            use_bias_correction=use_bias_correction,
-            d0=d0,
-            growth_rate=growth_rate,
-            fsdp_in_use=fsdp_in_use,
-            split_groups=split_groups,
-            **modes,
-        )
+    def __init__(self, params, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, log_every=0,
+                 decouple=False, use_bias_correction=False, d0=1e-6, growth_rate=float("inf"),
+                 fsdp_in_use=False, *, split_groups=False, **modes):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         log_every=log_every, decouple=decouple,
+                         use_bias_correction=use_bias_correction, d0=d0, growth_rate=growth_rate,
+                         fsdp_in_use=fsdp_in_use, split_groups=split_groups, **modes)
 
     def begin(self, group):
         return dict(super().begin(group), layer_scale=1.0)
@@ -418,25 +332,10 @@ class DAdaptAdam(Estimator):
         lr, top, scale = rate(group), self._largest_rate(group), group["layer_scale"]
         size = group["d"] * bias_correction(group, t)
         rho = scale * self._rho(group)
-        beta1, beta2 = group["betas"]
-        return dict(
-            weight=size * top * rho,
-            rho=rho,
-            beta1=beta1,
-            beta2=beta2,
-            beta3=beta2**0.5,
-            common=size * top,
-            step=size * lr * scale,
-            eps=group["eps"],
-            decay=group["weight_decay"],
-            shrink=1 - group["weight_decay"] * size * lr,
-            coupled=group["weight_decay"] != 0 and not group["decouple"],
-            decoupled=group["weight_decay"] != 0 and group["decouple"],
-        )
+        return dict(rho=rho, weight=size * top * rho, common=size * top, step=size * lr * scale,
+                    beta3=root(group["betas"][1]), shrink=1 - group["weight_decay"] * size * lr)
 
     def observe(self, x, g, s, h):
-        if h.coupled:
-            add_scaled_(g, x, h.decay)
         v, s = s["exp_avg_sq"], s["s"]
         numerator = inner(g, s / v.sqrt().add_(h.eps)) * h.weight
         s = ema_(s, g * h.common, h.beta3)
@@ -445,7 +344,7 @@ class DAdaptAdam(Estimator):
     def advance(self, x, g, s, h):
         m = ema_(s["exp_avg"], g * h.step, h.beta1)
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
-        if h.decoupled:
+        if h.decouple:
             x.mul_(h.shrink)
         x.addcdiv_(m, v.sqrt().add_(h.eps), value=-1)
 
@@ -460,6 +359,6 @@ class DAdaptAdam(Estimator):
 
 
 def bias_correction(group, t):
-    """sqrt(1 - beta2^t) / (1 - beta1^t), Adam's correction as a factor on the step; 1 if not asked."""
+    """Adam's correction as a factor on the step, sqrt(1 - beta2^t) / (1 - beta1^t), or 1."""
     beta1, beta2 = group["betas"]
     return root(1 - beta2**t) / (1 - beta1**t) if group["use_bias_correction"] else 1.0

@@ -4,19 +4,21 @@
 
 A method fills in what its paper's box says and nothing else:
 
-    buffers(group)           which tensors it keeps per parameter, under the reference packages' keys
+    buffers(group)           the tensors kept per parameter, under the reference packages' keys
     scalars(group, t)        what changes from step to step and is the same for all entries
     observe(x, g, s, h)      update statistics; return the sums that run over all tensors
     advance(x, g, s, h)      move the point
     adapt(groups, totals)    the new d from the sums: torch.where only, never a host read
-    look(x, g, s, h), prepare(groups, totals)   for methods whose step needs this gradient's own size
+    look(x, g, s, h), prepare(groups, totals)   where the step needs this gradient's own size
 
-``x, g`` are one tensor or a ``Vec`` of all tensors of a group, in float32 or wider; ``s`` maps buffer
-names to the same; ``h`` holds the scalars (floats, or 0-d tensors when they live on the device).
-``g`` is the step's own clean copy of the gradient (``p.grad`` is never written): a body may use it
-as scratch. The loop over parameters stands in ``Family._pass`` and nowhere else.
+``x, g`` are one tensor or a ``Vec`` of all tensors of a group, in float32 or wider; ``s`` maps
+buffer names to the same; ``h`` holds the group's arguments by name (``h.eps``, ``h.beta1``) and
+the scalars (floats, or 0-d tensors on the device). ``g`` is the step's own copy of the gradient,
+with lambda x added where weight decay is an L2 penalty (``p.grad`` is never written): a body may
+use it as scratch. The loop over parameters stands in ``Family._pass`` and nowhere else.
 """
 
+import functools
 import inspect
 import logging
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, atleast_1d
 
-from .pieces import finite, join, residual, store_, where, working_dtype
+from .pieces import add_scaled_, finite, join, residual, store_, where, working_dtype
 from .vec import Vec
 
 log = logging.getLogger("prodigy")
@@ -60,22 +62,9 @@ RANGES = {
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every"}
 OPTIONAL = {"beta3", "total_training_steps", "foreach"}
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
-FLAGS = {
-    *MODES,
-    "nesterov",
-    "centered",
-    "amsgrad",
-    "decoupled_weight_decay",
-    "decouple",
-    "use_bias_correction",
-    "safeguard_warmup",
-    "fsdp_in_use",
-    "cosine_decay",
-    "split_groups",
-    "silent_sgd_phase",
-    "store_x",
-    "closure_form",
-}
+FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
+         "use_bias_correction", "safeguard_warmup", "fsdp_in_use", "cosine_decay", "split_groups",
+         "silent_sgd_phase", "store_x", "closure_form"}
 
 
 def check(name, value, ranges={}, read=True):
@@ -114,12 +103,12 @@ def check(name, value, ranges={}, read=True):
 
 
 class Family(torch.optim.Optimizer):
-    """Base class: a ``torch.optim.Optimizer`` whose step calls a method's ``observe`` and ``advance``.
+    """A ``torch.optim.Optimizer`` whose step calls a method's ``observe`` and ``advance``.
 
     Keyword arguments that every method takes beside its own:
 
-    foreach (bool or None): all tensors of a group in one ``torch._foreach`` call per line (None: on
-        CUDA, as in torch.optim).
+    foreach (bool or None): all tensors of a group in one ``torch._foreach`` call per line (None:
+        on CUDA, as in torch.optim).
     maximize (bool): step up instead of down.
     capturable (bool): keep step counts and a tensor ``lr`` on the device.
     compile (bool): run the pass under ``torch.compile``.
@@ -127,12 +116,13 @@ class Family(torch.optim.Optimizer):
 
     Raises:
         TypeError, ValueError: at construction, naming the argument and its range.
-        RuntimeError: from ``step``, before anything is written, for sparse or complex gradients and
-            for gradients whose shape, dtype or device is not the parameter's.
+        RuntimeError: from ``step``, before anything is written, for sparse or complex gradients
+            and for gradients whose shape, dtype or device is not the parameter's.
     """
 
     ranges = {}  # where a method's range differs from RANGES
     own_clock = False  # True: t counts each parameter's own steps (torch.optim), else the group's
+    decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
     counters = ("k",)  # names of its numbers that are 0-d tensors too when capturable
@@ -162,7 +152,7 @@ class Family(torch.optim.Optimizer):
         return {}
 
     def scalars(self, group, t):
-        """{name: number} that the bodies read as ``h.name`` in step t = 1, 2, ...; changes nothing."""
+        """{name: number} that bodies read as ``h.name`` in step t = 1, 2, ...; changes nothing."""
         return {}
 
     def observe(self, x, g, s, h):
@@ -295,14 +285,13 @@ class Family(torch.optim.Optimizer):
             frozen = self.freezes and known_zero(rate(group))
             for p in params:
                 s = self._ready(group, p)
-                if frozen:  # its tensors exist nevertheless: torch.distributed.checkpoint fills them
+                if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
                 t, clock = self._tick(group, s, working_dtype(p.dtype))
                 key = (id(group), p.device, p.dtype, clock)
                 if key not in batches:
                     batches[key] = SimpleNamespace(
-                        group=group, t=t, clock=clock, params=[], states=[], h={}
-                    )
+                        group=group, t=t, clock=clock, params=[], states=[], h={})
                 batches[key].params.append(p)
                 batches[key].states.append(s)
         return list(batches.values())
@@ -337,6 +326,20 @@ class Family(torch.optim.Optimizer):
                 known[key] = self.scalars(b.group, b.t)
             b.h = known[key]
 
+    def _knobs(self, group):
+        """The group's arguments as bodies read them: h.lr, h.eps, h.beta1, h.nesterov, ...
+
+        l2 and decouple say how weight_decay acts: not at all, in the gradient, or apart from it.
+        """
+        known = {n: a for n, a in group.items() if n in FLAGS or n in INTEGERS}
+        numbers = {n: a for n, a in group.items() if n in RANGES and n not in known}
+        numbers |= dict(zip(("beta1", "beta2"), group.get("betas", ())))
+        known |= {n: a if a is None else float(a) for n, a in numbers.items() if n != "lr"}
+        apart = group.get("decouple", group.get("decoupled_weight_decay", self.decoupled))
+        decays = bool(group.get("weight_decay"))
+        known |= {"l2": decays and not apart, "decouple": decays and apart}
+        return {**known, "lr": rate(group)}
+
     def _totals(self, groups, batches, name):
         """For every group the list of sums over its tensors, on its home device."""
         totals = {id(group): None for group in groups}
@@ -351,7 +354,7 @@ class Family(torch.optim.Optimizer):
     def _run(self, b, name):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
         group, device = b.group, b.params[0].device
-        h = {**b.h, "maximize": group["maximize"], "live": live(self, group)}
+        h = {**self._knobs(group), **b.h, "live": live(self, group)}
         grads = [p.grad for p in b.params]
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
         states = [{key: s[key] for key in keys} for s in b.states]
@@ -360,9 +363,9 @@ class Family(torch.optim.Optimizer):
         if group["compile"]:
             dtype = working_dtype(b.params[0].dtype)
             for key, a in h.items():
-                if isinstance(a, float):  # a number in the graph would recompile when it changes
-                    h[key] = torch.full((), a, dtype=dtype, device=device)
-            # Inductor drops in-place writes to 0-d CPU tensors (torch 2.13): one-entry views instead
+                if isinstance(a, float):
+                    h[key] = number(key, a, dtype, device)
+            # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
             params, grads = map(atleast_1d, b.params), map(atleast_1d, grads)
             states = [{key: atleast_1d(s[key]) for key in keys} for s in states]
             return self._compiled(run)(list(params), list(grads), states, h)
@@ -424,7 +427,7 @@ class Family(torch.optim.Optimizer):
 
     # checkpoints ------------------------------------------------------------------------------
     def state_dict(self):
-        """As in torch.optim; the groups' 0-d tensors are copies, so that it is a snapshot of them."""
+        """As in torch.optim; the groups' 0-d tensors are copies: a snapshot of them."""
         saved = super().state_dict()
         copies = {}
         for group in saved["param_groups"]:
@@ -485,8 +488,18 @@ class Family(torch.optim.Optimizer):
             self._fill(group)
 
 
+@functools.lru_cache(maxsize=4096)
+def number(name, value, dtype, device):
+    """A 0-d tensor for the graph, which a float would make compile anew whenever it changes.
+
+    Every name has its own: a tensor that stands for two names in one step and not in the next
+    would compile anew as well.
+    """
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 class Scalars:
-    """The entries of a dictionary as attributes (``SimpleNamespace`` that torch.compile can trace)."""
+    """A dictionary's entries as attributes: a ``SimpleNamespace`` that torch.compile traces."""
 
     def __init__(self, values):
         self.__dict__.update(values)
@@ -510,10 +523,12 @@ def live(method, group):
 
 
 def load(p, g, s, h):
-    """The working copies: x (p itself in float32 and float64), a clean g, and the count of holes."""
+    """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
     g, bad = finite(g.to(x.dtype))
-    return x, g.neg_() if h.maximize else g, bad
+    if h.maximize:
+        g.neg_()
+    return x, add_scaled_(g, x, h.weight_decay) if h.l2 else g, bad
 
 
 def keep_(t, old, live):
@@ -527,7 +542,8 @@ def keep_(t, old, live):
 def copied(state_dict):
     """The dictionaries of a state_dict, new; the tensors, shared."""
     state = {i: dict(s) for i, s in state_dict["state"].items()}
-    return {**state_dict, "state": state, "param_groups": [dict(g) for g in state_dict["param_groups"]]}
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def check_gradient(p):

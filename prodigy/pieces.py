@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .vec import Vec
 
-# scalars ------------------------------------------------------------------------------------------
+# scalars ----------------------------------------------------------------------------------------
 
 
 def where(condition, a, b):
@@ -42,7 +42,7 @@ def root(a):
 
 
 def rectify(beta2, t):
-    """RAdam's step factor (Liu et al. 2019, 1908.03265, Alg. 2) and whether it applies (rho_t > 4).
+    """RAdam's step factor (Liu et al. 2019, 1908.03265, Alg. 2), and whether rho_t > 4.
 
     rho_inf = 2/(1 - beta2) - 1,   rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t),
     factor  = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t)).
@@ -55,7 +55,7 @@ def rectify(beta2, t):
     return root(square), applies
 
 
-# vectors ------------------------------------------------------------------------------------------
+# vectors ---------------------------------------------------------------------------------------
 
 
 def inner(a, b):
@@ -94,11 +94,11 @@ def finite(g):
     return clean, (clean != g).sum()
 
 
-# low precision ------------------------------------------------------------------------------------
+# low precision ---------------------------------------------------------------------------------
 #
 # bfloat16 is the upper half of float32. A parameter p and 16 more bits per entry therefore are a
 # float32 number x exactly: x = p + residual. With it an update far below p's spacing (2^-8 |p|) is
-# kept instead of rounded away, and p stays the model's parameter: whoever writes to p moves x along.
+# kept, not rounded away, and p stays the model's parameter: whoever writes to p moves x along.
 
 
 def working_dtype(dtype):

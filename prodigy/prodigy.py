@@ -1,4 +1,4 @@
-"""Prodigy (Mishchenko and Defazio 2024, 2306.06101): D-Adaptation that forgets the time d was small.
+"""Prodigy (Mishchenko and Defazio 2024, 2306.06101): D-Adaptation that forgets its small d.
 
 Weighing gradients by d_k^2 instead of d_k lets the estimate grow geometrically and saves a factor
 sqrt(log(D/d_0)) in the rate. Arguments, defaults and state keys are those of prodigyopt 1.1.2,
@@ -55,7 +55,7 @@ class Prodigy(Estimator):
             peak is reached after ``peak_patience`` consecutive steps without growth, counted after
             d first exceeded d0.
         peak_patience (int): in steps; [1, inf).
-        total_training_steps (int or None): the cosine ends there; None = 1000 steps after the peak.
+        total_training_steps (int or None): the cosine ends there; None: 1000 steps after the peak.
         split_groups (bool): one d for each parameter group instead of one for all.
         **modes: see :class:`prodigy.optimizer.Family`.
     """
@@ -63,50 +63,19 @@ class Prodigy(Estimator):
     ranges = {"eps": "(0, inf)"}
     sums = ("d_numerator",)
 
-    def __init__(
-        self,
-        params,
-        lr=1.0,
-        betas=(0.9, 0.999),
-        beta3=None,
-        eps=1e-8,
-        weight_decay=0,
-        decouple=True,
-        use_bias_correction=False,
-        safeguard_warmup=False,
-        d0=1e-6,
-        d_coef=1.0,
-        growth_rate=float("inf"),
-        fsdp_in_use=False,
-        slice_p=1,
-        cosine_decay=False,
-        peak_patience=50,
-        total_training_steps=None,
-        *,
-        split_groups=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            beta3=beta3,
-            eps=eps,
-            weight_decay=weight_decay,
-            decouple=decouple,
-            use_bias_correction=use_bias_correction,
-            safeguard_warmup=safeguard_warmup,
-            d0=d0,
-            d_coef=d_coef,
-            growth_rate=growth_rate,
-            fsdp_in_use=fsdp_in_use,
-            slice_p=slice_p,
-            cosine_decay=cosine_decay,
-            peak_patience=peak_patience,
-            total_training_steps=total_training_steps,
-            split_groups=split_groups,
-            **modes,
-        )
+    def __init__(self, params, lr=1.0, betas=(0.9, 0.999), beta3=None, eps=1e-8, weight_decay=0,
+                 decouple=True, use_bias_correction=False, safeguard_warmup=False, d0=1e-6,
+                 d_coef=1.0, growth_rate=float("inf"), fsdp_in_use=False, slice_p=1,
+                 cosine_decay=False, peak_patience=50, total_training_steps=None, *,
+                 split_groups=False, **modes):
+        super().__init__(params, lr=lr, betas=betas, beta3=beta3, eps=eps,
+                         weight_decay=weight_decay, decouple=decouple,
+                         use_bias_correction=use_bias_correction,
+                         safeguard_warmup=safeguard_warmup, d0=d0, d_coef=d_coef,
+                         growth_rate=growth_rate, fsdp_in_use=fsdp_in_use, slice_p=slice_p,
+                         cosine_decay=cosine_decay, peak_patience=peak_patience,
+                         total_training_steps=total_training_steps, split_groups=split_groups,
+                         **modes)
 
     @property
     def estimates(self):
@@ -121,33 +90,17 @@ class Prodigy(Estimator):
     def buffers(self, group):
         p = group["slice_p"]
         names = ["exp_avg"] * (group["betas"][0] > 0) + ["exp_avg_sq"]
-        return {
-            "s": lambda x: wide_zeros(every(x, p)),
-            "p0": lambda x: every(x, p).clone(),
-            **dict.fromkeys(names, wide_zeros),
-        }
+        return {"s": lambda x: wide_zeros(every(x, p)), "p0": lambda x: every(x, p).clone(),
+                **dict.fromkeys(names, wide_zeros)}
 
     def scalars(self, group, t):
         lr, top, d = rate(group), self._largest_rate(group), group["d"]
         factor = self._anneal(group) * bias_correction(group, t)
         common, scaled = self._common(group), d * factor
-        beta1, beta2 = group["betas"]
-        return dict(
-            d=d,
-            dlr=scaled * lr,
-            r_weight=common * self._largest_d(group) * factor * top,
-            s_weight=common * (d * ratio(lr, top) if group["safeguard_warmup"] else scaled * lr),
-            beta1=beta1,
-            beta2=beta2,
-            beta3=beta3(group),
-            eps=d * group["eps"],
-            decay=group["weight_decay"],
-            shrink=1 - group["weight_decay"] * scaled * lr,
-            coupled=group["weight_decay"] != 0 and not group["decouple"],
-            decoupled=group["weight_decay"] != 0 and group["decouple"],
-            slice_p=group["slice_p"],
-            averages=beta1 > 0,
-        )
+        s_step = d * ratio(lr, top) if group["safeguard_warmup"] else scaled * lr
+        return dict(d=d, d_eps=d * group["eps"], dlr=scaled * lr, beta3=beta3(group),
+                    r_weight=common * self._largest_d(group) * factor * top,
+                    s_weight=common * s_step, shrink=1 - group["weight_decay"] * scaled * lr)
 
     def _anneal(self, group):
         """1 before d's peak, then a cosine from 1 to 0 (a 0-d tensor)."""
@@ -159,8 +112,6 @@ class Prodigy(Estimator):
         return torch.where(peak < 0, 1.0, 0.5 * (1 + torch.cos(math.pi * done)))
 
     def observe(self, x, g, s, h):
-        if h.coupled:
-            add_scaled_(g, x, h.decay)
         x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p)
         r = inner(gp, x0 - every(x, h.slice_p)) * h.r_weight
         s = add_scaled_(s["s"].mul_(h.beta3), gp, h.s_weight)
@@ -168,11 +119,11 @@ class Prodigy(Estimator):
 
     def advance(self, x, g, s, h):
         dg = g.mul_(h.d)
-        m = ema_(s["exp_avg"], dg, h.beta1) if h.averages else dg
+        m = ema_(s["exp_avg"], dg, h.beta1) if "exp_avg" in s else dg
         v = ema_(s["exp_avg_sq"], dg.square(), h.beta2)
-        if h.decoupled:
+        if h.decouple:
             x.mul_(h.shrink)
-        x.addcdiv_(m * h.dlr, v.sqrt().add_(h.eps), value=-1)
+        x.addcdiv_(m * h.dlr, v.sqrt().add_(h.d_eps), value=-1)
 
     def add_up(self, group, sums):
         r = beta3(group) * group["d_numerator"] + sums[0]
@@ -184,7 +135,7 @@ class Prodigy(Estimator):
         """d_{k+1}; from d0 straight to dhat, afterwards by at most growth_rate a step."""
         d, rate_ = group["d"], group["growth_rate"]
         d_hat = torch.where(valid, estimate.to(d) * group["d_coef"], d)
-        at_start = d <= group["d0"] * (1 + 1e-6)  # d0 may have been rounded to another group's dtype
+        at_start = d <= group["d0"] * (1 + 1e-6)  # d0, or d0 in another group's precision
         start = torch.where(at_start, torch.maximum(d, d_hat), d)
         d_max = torch.maximum(group["d_max"], d_hat)
         new = dict(d=torch.minimum(d_max, start * rate_), d_max=d_max, d_hat=d_hat)
@@ -203,7 +154,7 @@ class Prodigy(Estimator):
         return functools.reduce(larger, [g["k"] for g in self.param_groups])
 
     def _common(self, group):
-        """d / d0 of the groups that share d: the factor that keeps r and s in floating-point range."""
+        """d / d0 of the groups that share d: keeps r and s in floating-point range."""
         first = group if group["split_groups"] else self.param_groups[0]
         return self._largest_d(group) / first["d0"]
 

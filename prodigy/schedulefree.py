@@ -8,10 +8,10 @@ Three sequences: gradients are taken at y, the base method moves z, and the mode
     x_{t+1} = (1-c_{t+1})\, x_t + c_{t+1} z_{t+1}, \quad
     c_{t+1} = w_t / \textstyle\sum_{i\le t} w_i.
 
-The parameters hold y while training (``train()``, the start) and x for evaluation (``eval()``). Two
-tensors are enough, since x = (y - (1-beta) z)/beta; ``store_x`` keeps x as a third, which makes
-switching exact and beta = 0 legal. Arguments, defaults and state keys are those of schedulefree
-1.4.1, whose checkpoints load. See theory/33 for the weights.
+The parameters hold y while training (``train()``, the start) and x for evaluation (``eval()``).
+Two tensors are enough, since x = (y - (1-beta) z)/beta; ``store_x`` keeps x as a third, which
+makes switching exact and beta = 0 legal. Arguments, defaults and state keys are those of
+schedulefree 1.4.1, whose checkpoints load. See theory/33 for the weights.
 """
 
 import itertools
@@ -38,6 +38,7 @@ class ScheduleFree(Family):
     """
 
     counters = ("k", "weight_sum", "lr_max", "scheduled_lr")
+    decoupled = True  # at y
     low = "residual"  # state key of what the parameter's own precision cannot hold
 
     # what a method fills in -------------------------------------------------------------------
@@ -89,16 +90,7 @@ class ScheduleFree(Family):
         lr, more = self.pace(group, t)
         c, _, _ = self.average(group, t, lr)
         beta = self.beta(group)
-        return dict(
-            lr=lr,
-            c=c,
-            beta=beta,
-            pull=lr * (1 - beta * (1 - c)),
-            decay=group["weight_decay"],
-            decays=group["weight_decay"] != 0,
-            store_x=group["store_x"],
-            **more,
-        )
+        return dict(lr=lr, c=c, beta=beta, pull=lr * (1 - beta * (1 - c)), **more)
 
     def adapt(self, groups, totals):
         for group in groups:  # k counts this step already
@@ -119,8 +111,8 @@ class ScheduleFree(Family):
         """
         y, z = x, s["z"]
         u = self.direction(g, s, h)
-        if h.decays:
-            add_scaled_(u, y, h.decay)
+        if h.decouple:
+            add_scaled_(u, y, h.weight_decay)
         if h.store_x:
             add_scaled_(z, u, -h.lr)
             y.copy_(s["x"].lerp_(z, h.c).lerp(z, 1 - h.beta))
@@ -180,7 +172,7 @@ class ScheduleFree(Family):
     @contextmanager
     @torch.no_grad()
     def averaged(self):
-        """Within the block the parameters hold x; afterwards everything is as before, bit for bit."""
+        """Within the block the parameters hold x; afterwards all is as before, bit for bit."""
         before = [(own, own["train_mode"]) for own, _ in self._groups()]
         kept = []
         for own, states in self._groups():
@@ -209,14 +201,14 @@ class ScheduleFree(Family):
             model: the module whose running means and variances are replaced.
             device: where to put the inputs.
             batches: use only that many; the statistics are their plain mean, so that 50 batches
-                leave 1/sqrt(50) = 14 % of one batch's noise (a running average of momentum 0.1 would
-                still carry 0.9^50 = 0.5 % of the old ones).
+                leave 1/sqrt(50) = 14 % of one batch's noise (a running average of momentum 0.1
+                would still carry 0.9^50 = 0.5 % of the old ones).
         """
         with self.averaged():
             torch.optim.swa_utils.update_bn(itertools.islice(loader, batches), model, device)
 
     def step(self, closure=None):
-        """One step. With ``closure_form`` the parameters hold x before and after, y in the closure."""
+        """One step. With ``closure_form`` parameters hold x before and after, y in the closure."""
         form = any(own["closure_form"] for own, _ in self._groups())
         moves = not all(known_zero(rate(group)) for group in self.param_groups)
         if form and moves and closure is None:
@@ -232,13 +224,14 @@ class ScheduleFree(Family):
             self.eval()
 
     def effective_lr(self, group=0):
-        return float(self.scalars(self.param_groups[group], self.param_groups[group]["k"] + 1)["lr"])
+        group = self.param_groups[group]
+        return float(self.scalars(group, group["k"] + 1)["lr"])
 
     def convert(self, state_dict):
         state_dict = super().convert(state_dict)
         for group in state_dict["param_groups"]:
             group["lr_max"] = max(group.get("lr_max", 0.0), 0.0)
-            group["store_x"] = False  # its parameters hold y or x, and x is in no tensor of its own
+            group["store_x"] = False  # x lies in none of its tensors
         return state_dict
 
 
@@ -269,36 +262,13 @@ class SGDScheduleFree(ScheduleFree):
 
     ranges = {"momentum": "[0, 1]"}
 
-    def __init__(
-        self,
-        params,
-        lr=1.0,
-        momentum=0.9,
-        weight_decay=0,
-        warmup_steps=0,
-        r=0.0,
-        weight_lr_power=2,
-        foreach=None,
-        *,
-        store_x=False,
-        schedulefree_c=0.0,
-        closure_form=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            r=r,
-            weight_lr_power=weight_lr_power,
-            foreach=foreach,
-            store_x=store_x,
-            schedulefree_c=schedulefree_c,
-            closure_form=closure_form,
-            **modes,
-        )
+    def __init__(self, params, lr=1.0, momentum=0.9, weight_decay=0, warmup_steps=0, r=0.0,
+                 weight_lr_power=2, foreach=None, *, store_x=False, schedulefree_c=0.0,
+                 closure_form=False, **modes):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                         warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power,
+                         foreach=foreach, store_x=store_x, schedulefree_c=schedulefree_c,
+                         closure_form=closure_form, **modes)
 
 
 class AdamWScheduleFree(ScheduleFree):
@@ -332,70 +302,35 @@ class AdamWScheduleFree(ScheduleFree):
 
     ranges = {"betas[0]": "[0, 1]"}
 
-    def __init__(
-        self,
-        params,
-        lr=0.0025,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        warmup_steps=0,
-        r=0.0,
-        weight_lr_power=2.0,
-        foreach=None,
-        *,
-        inner_momentum=0.0,
-        store_x=False,
-        schedulefree_c=0.0,
-        closure_form=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            r=r,
-            weight_lr_power=weight_lr_power,
-            foreach=foreach,
-            inner_momentum=inner_momentum,
-            store_x=store_x,
-            schedulefree_c=schedulefree_c,
-            closure_form=closure_form,
-            **modes,
-        )
+    def __init__(self, params, lr=0.0025, betas=(0.9, 0.999), eps=1e-8, weight_decay=0,
+                 warmup_steps=0, r=0.0, weight_lr_power=2.0, foreach=None, *, inner_momentum=0.0,
+                 store_x=False, schedulefree_c=0.0, closure_form=False, **modes):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power,
+                         foreach=foreach, inner_momentum=inner_momentum, store_x=store_x,
+                         schedulefree_c=schedulefree_c, closure_form=closure_form, **modes)
 
     def buffers(self, group):
         names = ["exp_avg_sq"] + ["exp_avg"] * (group["inner_momentum"] > 0)
         return {**super().buffers(group), **dict.fromkeys(names, wide_zeros)}
 
     def scalars(self, group, t):
-        inner = group["inner_momentum"]
-        return dict(
-            super().scalars(group, t),
-            beta2=group["betas"][1],
-            correction=root(1 - group["betas"][1] ** t),
-            eps=group["eps"],
-            inner=inner,
-            inner_correction=1 - inner**t,
-            averages=inner > 0,
-        )
+        return dict(super().scalars(group, t), correction=root(1 - group["betas"][1] ** t),
+                    inner_correction=1 - group["inner_momentum"] ** t)
 
     def direction(self, g, s, h):
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
-        if h.averages:
-            g = ema_(s["exp_avg"], g, h.inner) / h.inner_correction
+        if "exp_avg" in s:
+            g = ema_(s["exp_avg"], g, h.inner_momentum) / h.inner_correction
         return g.div_(v.sqrt().div_(h.correction).add_(h.eps))
 
 
 class RAdamScheduleFree(ScheduleFree):
-    r"""Schedule-Free RAdam (schedulefree 1.4.1; rectification: Liu et al. 2019, 1908.03265, Alg. 2).
+    r"""Schedule-Free RAdam (schedulefree 1.4.1; Liu et al. 2019, 1908.03265, Alg. 2).
 
     :class:`AdamWScheduleFree` with :math:`\gamma_t = \gamma\,` :func:`prodigy.pieces.rectify` in
-    the place of warm-up. While :math:`\rho_t \le 4` (4 steps at the default) the direction is g and
-    :math:`\gamma_t = 0`, or :math:`\gamma` if not ``silent_sgd_phase``.
+    the place of warm-up. While :math:`\rho_t \le 4` (4 steps at the default) the direction is g
+    and :math:`\gamma_t = 0`, or :math:`\gamma` if not ``silent_sgd_phase``.
 
     Departures from schedulefree 1.4.1: see :class:`SGDScheduleFree`.
 
@@ -408,38 +343,13 @@ class RAdamScheduleFree(ScheduleFree):
 
     ranges = {"betas[0]": "[0, 1]"}
 
-    def __init__(
-        self,
-        params,
-        lr=0.0025,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        r=0.0,
-        weight_lr_power=2.0,
-        foreach=None,
-        silent_sgd_phase=True,
-        *,
-        store_x=False,
-        schedulefree_c=0.0,
-        closure_form=False,
-        **modes,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            r=r,
-            weight_lr_power=weight_lr_power,
-            foreach=foreach,
-            silent_sgd_phase=silent_sgd_phase,
-            store_x=store_x,
-            schedulefree_c=schedulefree_c,
-            closure_form=closure_form,
-            **modes,
-        )
+    def __init__(self, params, lr=0.0025, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, r=0.0,
+                 weight_lr_power=2.0, foreach=None, silent_sgd_phase=True, *, store_x=False,
+                 schedulefree_c=0.0, closure_form=False, **modes):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, r=r,
+                         weight_lr_power=weight_lr_power, foreach=foreach,
+                         silent_sgd_phase=silent_sgd_phase, store_x=store_x,
+                         schedulefree_c=schedulefree_c, closure_form=closure_form, **modes)
 
     def buffers(self, group):
         return {**super().buffers(group), "exp_avg_sq": wide_zeros}
@@ -447,14 +357,11 @@ class RAdamScheduleFree(ScheduleFree):
     def pace(self, group, t):
         factor, applies = rectify(group["betas"][1], t)
         before = 0.0 if group["silent_sgd_phase"] else 1.0
-        return rate(group) * where(applies, factor, before), dict(adaptive=where(applies, 1.0, 0.0))
+        lr = rate(group) * where(applies, factor, before)
+        return lr, dict(adaptive=where(applies, 1.0, 0.0))
 
     def scalars(self, group, t):
-        beta2 = group["betas"][1]
-        correction = root(1 - beta2**t)
-        return dict(
-            super().scalars(group, t), beta2=beta2, correction=correction, eps=group["eps"]
-        )
+        return dict(super().scalars(group, t), correction=root(1 - group["betas"][1] ** t))
 
     def direction(self, g, s, h):
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
@@ -466,17 +373,17 @@ class ScheduleFreeWrapper(ScheduleFree):
     r"""Schedule-Free around any base optimizer (schedulefree 1.4.1's wrapper).
 
     The module's three lines with :math:`z_{t+1}` = the base optimizer's step from :math:`z_t` on
-    the gradient at :math:`y_t`, and :math:`w_t = t^r \max_{i\le t}(\gamma_i d_i)^p`, where d is the
-    base's own estimate if it has one (Prodigy, D-Adaptation).
+    the gradient at :math:`y_t`, and :math:`w_t = t^r \max_{i\le t}(\gamma_i d_i)^p`, where d is
+    the base's own estimate if it has one (Prodigy, D-Adaptation).
 
-    An ``Optimizer`` itself: its ``param_groups`` are the base's dictionaries, so that schedulers set
-    the base's lr; its own entries stand in ``group["schedule_free"]`` and its own tensors apart from
-    the base's state, so that any base runs. Checkpoints hold both. Departures from schedulefree:
-    ``p.grad`` is untouched and cleaned for the base too; mode and beta are saved; parameters
-    without a gradient stay.
+    An ``Optimizer`` itself: its ``param_groups`` are the base's dictionaries, so that schedulers
+    set the base's lr; its own entries stand in ``group["schedule_free"]`` and its tensors apart
+    from the base's state, so that any base runs. Checkpoints hold both. Departures from
+    schedulefree: ``p.grad`` is untouched and cleaned for the base too; mode and beta are saved;
+    parameters without a gradient stay.
 
     Args:
-        base (torch.optim.Optimizer): without momentum of its own, or with (it then averages twice).
+        base (torch.optim.Optimizer): best without momentum of its own, which averages twice.
         weight_decay_at_y (float): decay taken at y and applied to z, in units of 1/lr; [0, inf).
             (The base's own weight decay acts at z.)
         momentum (float): :math:`\beta`, [0, 1]; 0 needs store_x.
@@ -490,30 +397,13 @@ class ScheduleFreeWrapper(ScheduleFree):
     low = "y_residual"
     kept = ("z", "x", "y_residual")
 
-    def __init__(
-        self,
-        base,
-        weight_decay_at_y=0.0,
-        momentum=0.9,
-        weight_lr_power=2,
-        r=0,
-        *,
-        warmup_steps=0,
-        store_x=False,
-        schedulefree_c=0.0,
-        closure_form=False,
-    ):
+    def __init__(self, base, weight_decay_at_y=0.0, momentum=0.9, weight_lr_power=2, r=0, *,
+                 warmup_steps=0, store_x=False, schedulefree_c=0.0, closure_form=False):
         if not isinstance(base, torch.optim.Optimizer) or isinstance(base, ScheduleFree):
-            raise TypeError("base must be a torch.optim.Optimizer that is not schedule-free itself")
-        own = dict(
-            weight_decay_at_y=weight_decay_at_y,
-            momentum=momentum,
-            weight_lr_power=weight_lr_power,
-            r=r,
-            warmup_steps=warmup_steps,
-            store_x=store_x,
-            schedulefree_c=schedulefree_c,
-        )
+            raise TypeError("base must be a torch.optim.Optimizer, not schedule-free itself")
+        own = dict(weight_decay_at_y=weight_decay_at_y, momentum=momentum,
+                   weight_lr_power=weight_lr_power, r=r, warmup_steps=warmup_steps,
+                   store_x=store_x, schedulefree_c=schedulefree_c)
         self.entries = {**own, "closure_form": closure_form}
         for name, value in self.entries.items():
             check(name, value, {"momentum": "[0, 1]"})
@@ -611,7 +501,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         """[(tensor, its value now, whether it may move)], for a group whose lr is or may be 0."""
         alive = 0 if known_zero(rate(group)) else live(self, group)
         mine = (p, *self.state[p].values())
-        return [(t, t.clone(), alive) for t in mine] if isinstance(alive, Tensor) or not alive else []
+        moves = not isinstance(alive, Tensor) and alive
+        return [] if moves else [(t, t.clone(), alive) for t in mine]
 
     def _clean(self, group, p):
         """A copy of the gradient without holes for the base, which may overwrite it."""
@@ -641,7 +532,9 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     def _base_low(self, p):
         """The residual of a base of this family, which holds z to float32 beside bfloat16 p."""
-        return self.base.state.get(p, {}).get("residual") if isinstance(self.base, Family) else None
+        if isinstance(self.base, Family):
+            return self.base.state.get(p, {}).get("residual")
+        return None
 
     def _write(self, p, z):
         low = self._base_low(p)
@@ -660,7 +553,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         return sum(int(self.own(group)["nonfinite"]) for group in self.param_groups)
 
     def state_dict(self):
-        """The base's state_dict with z (and x) added to each parameter's state: schedulefree's form."""
+        """The base's, with z (and x) added to each parameter's state: schedulefree's form."""
         saved, mine = self.base.state_dict(), torch.optim.Optimizer.state_dict(self)
         state = {i: dict(s) for i, s in saved["state"].items()}
         for i, s in mine["state"].items():
@@ -671,7 +564,7 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
-        """Loads its own checkpoints and those of schedulefree's wrapper (whose mode is not saved)."""
+        """Loads its own checkpoints and those of schedulefree's wrapper (which save no mode)."""
         names = ("k", "weight_sum", "lr_max")
         modes = [self.own(group)["train_mode"] for group in self.param_groups]
         state, groups = state_dict["state"], [dict(g) for g in state_dict["param_groups"]]
@@ -690,7 +583,8 @@ class ScheduleFreeWrapper(ScheduleFree):
         params = [p for group in self.param_groups for p in group["params"]]
         self.state.clear()
         for i, p in zip(ids, params):
-            mine = {k: self._restore(p, k, v) for k, v in state.get(i, {}).items() if k in self.kept}
+            mine = {k: v for k, v in state.get(i, {}).items() if k in self.kept}
+            mine = {k: self._restore(p, k, v) for k, v in mine.items()}
             if mine:
                 self.state[p] = mine
         for group in self.param_groups:
@@ -704,5 +598,5 @@ class ScheduleFreeWrapper(ScheduleFree):
 
 
 def cloned(value):
-    """A copy of a tensor (torch.optim's load_state_dict keeps the saved one), anything else as is."""
+    """A copy of a tensor, where torch.optim would keep the saved one; anything else as it is."""
     return value.clone() if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
 """A list of tensors that answers the Tensor methods the algorithms use, one foreach call each.
 
-A body written for one tensor (``m.lerp_(g, 1 - beta)``) runs unchanged on a ``Vec`` of all tensors of
-a parameter group and then costs one kernel launch per line instead of one per line and tensor.
+A body written for one tensor (``m.lerp_(g, 1 - beta)``) runs unchanged on a ``Vec`` of all tensors
+of a parameter group and then costs one kernel launch per line instead of one per line and tensor.
 Numbers that live on the device (0-d tensors) must never be read back by the host: several
 ``torch._foreach_*`` functions do so silently, and this file is the one place that knows which.
 """
@@ -9,7 +9,7 @@ Numbers that live on the device (0-d tensors) must never be read back by the hos
 import torch
 from torch import Tensor
 
-_add_tensor = torch.ops.aten._foreach_add.Tensor  # the overload that leaves the scalar on the device
+_add_tensor = torch.ops.aten._foreach_add.Tensor  # leaves the scalar on the device
 
 
 class Vec:
@@ -32,7 +32,7 @@ class Vec:
         return self if self.dtype == dtype else self.each(lambda t: t.to(dtype))
 
     def finite(self):
-        """Every non-finite entry set to zero, and how many there were: one flat copy, then views."""
+        """Non-finite entries set to zero, and how many there were: one flat copy, then views."""
         flat = torch.cat([t.flatten() for t in self.parts])
         bad = flat.isfinite().logical_not_().sum()
         pieces = flat.nan_to_num_(0.0, 0.0, 0.0).split([t.numel() for t in self.parts])

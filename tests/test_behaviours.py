@@ -82,7 +82,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-# 1. d starts from bfloat16 weights as from float32 ------------------------------------------------
+# 1. d starts from bfloat16 weights as from float32 ---------------------------------------------
 
 STARTS = {
     "normal": lambda generator: 0.3 * torch.randn(64, 64, generator=generator),
@@ -152,7 +152,8 @@ def test_averages_beside_bfloat16_weights_decay(cls, name, options):
         p.grad = torch.zeros_like(p)
         optimizer.step()
     beta = 0.999**0.5 if name == "s" else 0.999
-    assert optimizer.state[p][name].abs().max().item() == pytest.approx(start * beta**700, rel=1e-3)
+    end = optimizer.state[p][name].abs().max().item()
+    assert end == pytest.approx(start * beta**700, rel=1e-3)
 
 
 @every_own_method  # a foreign base computes in the parameter's own dtype
@@ -178,7 +179,7 @@ def test_low_precision_weights_follow_the_float32_run(case, dtype, foreach):
         assert (p - q.float()).abs().max() <= spacing * p.abs().max() + 1e-6
 
 
-# 2. non-finite gradients --------------------------------------------------------------------------
+# 2. non-finite gradients -----------------------------------------------------------------------
 
 
 @every_case
@@ -194,7 +195,8 @@ def test_non_finite_entries_count_as_missing(case, foreach):
             problem.fill(step)
             for i, p in enumerate(problem.params):
                 if p.grad is not None and step in (0, 3, 4) and i in (0, 2, 3):
-                    entries = p.grad.view(-1) if p.dim() < 4 else p.grad.permute(0, 2, 3, 1).view(-1)
+                    dense = p.grad if p.dim() < 4 else p.grad.permute(0, 2, 3, 1)
+                    entries = dense.view(-1)
                     entries[: min(3, p.numel())] = bad[: p.numel()] if broken else 0.0
                     count += min(3, p.numel()) * broken
             optimizer.step()
@@ -253,7 +255,7 @@ def test_a_step_that_gradscaler_skips_changes_nothing(case):
     assert not torch.equal(before["p0.0"], params[0])
 
 
-# 5. gradients are read only, steps are all or nothing ---------------------------------------------
+# 5. gradients are read only, steps are all or nothing ------------------------------------------
 
 
 @every_case
@@ -320,7 +322,7 @@ def test_one_bad_gradient_stops_the_step_before_anything_is_written(case, how):
     assert_same(before, tensors(optimizer))
 
 
-# 6. lr = 0 ----------------------------------------------------------------------------------------
+# 6. lr = 0 -------------------------------------------------------------------------------------
 
 RATES = {
     "float": (lambda lr: lr, {}),
@@ -511,7 +513,7 @@ def test_steps_without_any_gradient_are_harmless(case):
     assert torch.equal(before["p0.0"], params[0])
 
 
-# 7. parameter groups ------------------------------------------------------------------------------
+# 7. parameter groups ---------------------------------------------------------------------------
 
 
 def descend(optimizer, fill, steps=40):
@@ -685,8 +687,8 @@ def test_every_group_reads_its_own_hyperparameters(cls, name, value, which):
 def test_groups_with_one_d_keep_their_own_growth(capturable):
     """growth_rate and d_coef of a group apply to what that group makes of the common dhat."""
     params = parameters(((4, 3), (5,), (3,)))
-    groups = [{"params": [params[0]]}]
-    groups += [{"params": [params[1]], "growth_rate": 1.01}, {"params": [params[2]], "d_coef": 0.5}]
+    options = [{}, {"growth_rate": 1.01}, {"d_coef": 0.5}]
+    groups = [dict(option, params=[p]) for option, p in zip(options, params)]
     optimizer = Prodigy(groups, capturable=capturable)
     trajectory = [[], [], []]
     for step in range(30):
@@ -727,7 +729,7 @@ def test_empty_groups_take_no_part(case):
         groups = [{"params": []}] * empty + [{"params": params}]
         optimizer = zoo.make(case, groups)
         if empty:
-            optimizer.add_param_group({"params": []})
+            optimizer.add_param_group({"params": [], "lr": 10.0})
         for step in range(10):
             pull(params, step)
             optimizer.step()
@@ -808,7 +810,7 @@ def test_groups_that_share_d_must_start_from_one_d0(cls):
     assert cls(groups(), split_groups=True).get_d(1) == pytest.approx(1e-4)
 
 
-# 10. arguments, numbers to read, nothing printed --------------------------------------------------
+# 10. arguments, numbers to read, nothing printed -----------------------------------------------
 
 
 @every_method

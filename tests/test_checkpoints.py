@@ -102,7 +102,7 @@ def assert_same_state(a, b):
             assert value == b[name], name
 
 
-# resume -------------------------------------------------------------------------------------------
+# resume ----------------------------------------------------------------------------------------
 
 
 @every_method
@@ -189,12 +189,12 @@ def test_a_copy_before_the_first_step_works(case, how):
     assert_equal(values(params), values(others))
 
 
-# torch.distributed.checkpoint ---------------------------------------------------------------------
+# torch.distributed.checkpoint ------------------------------------------------------------------
 
 
 def model_of(precision, seed=0):
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((4, 3), (3, 3), (3, 2))))
     dtypes = PRECISIONS[precision]
     for layer, dtype in zip(model, itertools.cycle(dtypes)):
         layer.to(dtype)
@@ -281,7 +281,7 @@ def test_priming_a_fresh_optimizer_does_not_move_it(case):
     assert_equal(values(model.parameters()), values(other.parameters()))
 
 
-# what a saved dictionary holds --------------------------------------------------------------------
+# what a saved dictionary holds -----------------------------------------------------------------
 
 
 @every_method
@@ -316,9 +316,8 @@ def test_loaded_tensors_are_nobodys_but_the_optimizers(case, precision):
     assert_same_state(saved, before)
     storages = {t.data_ptr() for t in flat(saved).values() if isinstance(t, torch.Tensor)}
     mine = flat({"groups": fresh.param_groups, "state": list(fresh.state.values())})
-    assert not any(
-        t.data_ptr() in storages for t in mine.values() if isinstance(t, torch.Tensor) and t.numel()
-    )
+    used = {t.data_ptr() for t in mine.values() if isinstance(t, torch.Tensor) and t.numel()}
+    assert not used & storages
 
 
 @every_method
@@ -380,6 +379,24 @@ def test_missing_entries_of_the_wrapper_take_their_defaults():
     assert entries["nonfinite"] == 0 and entries["k"] == 4
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_beta_that_y_was_built_with_is_saved(mode):
+    """A beta that changes between loading and the next switch does not reach x."""
+    params = parameters()
+    optimizer = SGDScheduleFree(params, lr=0.1)
+    walk(optimizer, params, range(10))
+    if mode == "eval":
+        optimizer.eval()
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = SGDScheduleFree(others, lr=0.1, momentum=0.5)
+    fresh.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    fresh.param_groups[0]["momentum"] = 0.6
+    optimizer.eval()
+    fresh.eval()
+    for p, q in zip(params, others):
+        torch.testing.assert_close(p, q)
+
+
 @every_method
 def test_a_checkpoint_of_other_groups_is_refused_before_anything_changes(case):
     params = parameters()
@@ -424,7 +441,7 @@ def test_a_scheduler_goes_on_over_a_loaded_optimizer(case):
     assert ends[0][1] == ends[1][1]
 
 
-# the reference packages' checkpoints --------------------------------------------------------------
+# the reference packages' checkpoints -----------------------------------------------------------
 
 
 def quietly(build, *args, **kwargs):
@@ -452,6 +469,10 @@ FOREIGN = [
 ]
 
 
+def label(value):
+    return getattr(value, "__name__", str(value))
+
+
 def continued(params, optimizer, loaded, others, mode):
     """Both go on for 15 steps from where the reference stands; their distance, relative."""
     if mode == "eval":
@@ -467,7 +488,7 @@ def continued(params, optimizer, loaded, others, mode):
     return float((a - b).norm() / a.norm())
 
 
-@pytest.mark.parametrize("reference, kwargs", FOREIGN, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize("reference, kwargs", FOREIGN, ids=label)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("several", [False, True], ids=["one", "groups"])
 def test_a_reference_checkpoint_continues_as_there(reference, kwargs, mode, several):

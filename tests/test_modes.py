@@ -46,7 +46,7 @@ def check_equal(case, **mode):
         assert zoo.error(zoo.final(other.problem), zoo.final(loop.problem)) < 1e-9
 
 
-# the same numbers ---------------------------------------------------------------------------------
+# the same numbers ------------------------------------------------------------------------------
 
 
 @every_case
@@ -129,7 +129,7 @@ def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
     assert graphs() == 1
 
 
-# no host read -------------------------------------------------------------------------------------
+# no host read ----------------------------------------------------------------------------------
 
 
 def meta_problem(dtype=torch.float32):
@@ -203,7 +203,7 @@ def test_no_host_read_of_a_tensor_lr(case, foreach):
         optimizer.step()
 
 
-# kernels ------------------------------------------------------------------------------------------
+# kernels ---------------------------------------------------------------------------------------
 
 
 class Count(TorchDispatchMode):
@@ -251,7 +251,7 @@ def test_kernels_of_the_foreach_step_do_not_grow_with_the_number_of_tensors(case
 
 
 def test_what_does_grow_with_the_number_of_tensors():
-    """Per tensor are: joining and splitting float32 numbers beside bfloat16 weights, undoing a step
+    """Per tensor: joining and splitting float32 numbers beside bfloat16 weights, undoing a step
     for a tensor lr that may freeze, and the wrapper's own books."""
     prod = zoo.Case("", prodigy.Prodigy)
     wrapped = zoo.wrapper_case("", prodigy.Prodigy, None, {})
@@ -273,18 +273,18 @@ def test_foreach_launches_fewer_kernels_than_the_loop():
             assert launched[0] < launched[1] / 5
 
 
-# sweeps -------------------------------------------------------------------------------------------
+# sweeps ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over some operations
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap loops over some
 @pytest.mark.parametrize("case", OWN_METHODS, ids=str)
 def test_vmap_over_lr_and_seed_equals_separate_runs(case):
-    """Four problems in one batched run: their own rate, start, noise, and their own d."""
+    """Five problems in one batched run: own rate, start, noise and d; lr = 0 stays frozen."""
     steps, size = 25, 5
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randn(4, size, generator=generator, dtype=torch.float64)
-    noise = 0.1 * torch.randn(4, steps, size, generator=generator, dtype=torch.float64)
-    rates = torch.tensor([1.0, 0.5, 0.1, 2.0], dtype=torch.float64)
+    starts = torch.randn(5, size, generator=generator, dtype=torch.float64)
+    noise = 0.1 * torch.randn(5, steps, size, generator=generator, dtype=torch.float64)
+    rates = torch.tensor([1.0, 0.5, 0.1, 2.0, 0.0], dtype=torch.float64)
     if not (case.estimates_d or "SGD" in case.name):
         rates = 0.1 * rates
 
@@ -300,8 +300,9 @@ def test_vmap_over_lr_and_seed_equals_separate_runs(case):
         return p, torch.as_tensor(optimizer.param_groups[0].get("d", 0.0), dtype=torch.float64)
 
     batched, d = vmap(train)(rates, starts, noise)
-    for i in range(4):
+    for i in range(5):
         alone, own_d = train(rates[i].item(), starts[i], noise[i])
         torch.testing.assert_close(batched[i], alone, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(d[i], own_d, rtol=1e-9, atol=0)
-    assert len({round(float(a), 12) for a in batched[:, 0]}) == 4
+    assert len({round(float(a), 12) for a in batched[:, 0]}) == 5
+    assert torch.equal(batched[4], starts[4])

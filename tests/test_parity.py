@@ -31,7 +31,7 @@ def quietly(build, *args, **kwargs):
         return build(*args, **kwargs)
 
 
-# parity -------------------------------------------------------------------------------------------
+# parity ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", REFERENCED, ids=str)
@@ -99,7 +99,7 @@ def test_wrapper_agrees_with_three_sequences_over_any_base(base, holes, store_x)
     assert zoo.error(zoo.final(problem), x) < 1e-8
 
 
-# departures ---------------------------------------------------------------------------------------
+# departures ------------------------------------------------------------------------------------
 
 
 def test_every_departure_has_its_test():
@@ -113,7 +113,7 @@ def test_every_departure_has_its_test():
 
 
 def box_and_two(box_kwargs, **options):
-    """Prodigy's printed box, our class and prodigyopt on one vector: (x, d) each after 30 steps."""
+    """Prodigy's printed box, our class and prodigyopt on one vector: (x, d) after 30 steps."""
     box = dict(box_kwargs)
     pair = []
     for build in (prodigy.Prodigy, prodigyopt.Prodigy):
@@ -203,7 +203,7 @@ def test_departure_dadapt_sgd_first_gradient():
 
 
 def test_departure_dadapt_sgd_weight_decay():
-    """From x_0 = 0, where decay adds nothing to g_0, we agree; elsewhere g_0 has lambda x_0 too."""
+    """From x_0 = 0, where decay adds nothing to g_0, we agree; elsewhere g_0 has lambda x_0."""
     for start, same in ((0.0, True), (1.0, False)):
         ends = []
         for build in (prodigy.DAdaptSGD, dadaptation.DAdaptSGD):
@@ -416,7 +416,7 @@ def test_departure_sparse_and_complex(name):
         ours = build is getattr(prodigy, name)
         p = torch.nn.Parameter(torch.ones(4))
         optimizer = build([p], lr=0.1)
-        p.grad = torch.sparse_coo_tensor([[1]], [2.0], (4,))
+        p.grad = torch.sparse_coo_tensor([[1]], [2.0], (4,), check_invariants=True)
         with pytest.raises(RuntimeError, match="sparse") if ours else contextlib.nullcontext():
             optimizer.step()
         assert torch.equal(p, torch.ones(4)) == ours
@@ -480,7 +480,7 @@ def set_beta(optimizer, beta):
 
 @pytest.mark.parametrize("case", [c for c in POINTS if "Wrapper" not in c.name], ids=str)
 def test_departure_schedulefree_late_group(case):
-    """A group added while training must come out of eval() holding its x: (y - (1-beta) z)/beta."""
+    """A group added while training comes out of eval() holding its x: (y - (1-beta) z)/beta."""
     for reference in (False, True):
         run = zoo.run(case, 10, reference=reference)
         late = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))

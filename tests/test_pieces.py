@@ -25,7 +25,7 @@ def flat(vec):
     return torch.cat([t.flatten() for t in vec.parts])
 
 
-# Vec ----------------------------------------------------------------------------------------------
+# Vec -------------------------------------------------------------------------------------------
 
 D = torch.tensor(0.7, dtype=torch.float64)  # a number that lives on the device
 
@@ -78,7 +78,7 @@ NUMBERS = {
 
 
 def both(function):
-    """The function's result on tensors and on Vecs of the same numbers, and what it left behind."""
+    """The function's result on tensors and on Vecs of the same numbers, and what it left."""
     pairs = [random(seed, positive) for seed, positive in enumerate((False, False, True, True))]
     ends = []
     for args in zip(*pairs):
@@ -156,7 +156,7 @@ def test_finite_cleans_a_copy_and_counts(dtype):
     assert count == 3
 
 
-# scalars and vectors ------------------------------------------------------------------------------
+# scalars and vectors ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -213,7 +213,7 @@ def test_rectify_is_the_formula_of_the_paper(beta2, on_device):
     assert first == 5
 
 
-# low precision ------------------------------------------------------------------------------------
+# low precision ---------------------------------------------------------------------------------
 
 
 def every_bfloat16():
@@ -301,7 +301,7 @@ def test_wide_numbers_are_their_own_working_copy(dtype):
     pieces.store_(p, p, None)
 
 
-# check --------------------------------------------------------------------------------------------
+# check -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RANGES)

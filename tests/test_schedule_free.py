@@ -87,7 +87,7 @@ def average_of(optimizer, params):
         return values(params)
 
 
-# modes --------------------------------------------------------------------------------------------
+# modes -----------------------------------------------------------------------------------------
 
 
 @every_builder
@@ -203,7 +203,7 @@ def test_training_between_switches_is_the_run_without_switches(build, store_x):
     assert distance(*runs) < (1e-15 if store_x else 1e-12)
 
 
-# beta ---------------------------------------------------------------------------------------------
+# beta ------------------------------------------------------------------------------------------
 
 
 @every_builder
@@ -322,7 +322,7 @@ def test_beta_one_is_primal_averaging(build):
     assert distance(values(params), x) < 1e-13
 
 
-# groups -------------------------------------------------------------------------------------------
+# groups ----------------------------------------------------------------------------------------
 
 
 @every_builder
@@ -345,7 +345,7 @@ def test_an_added_group_takes_over_the_mode(build, mode):
     assert distance(y, values(params)) < 1e-13
 
 
-# what to evaluate, save and normalize -------------------------------------------------------------
+# what to evaluate, save and normalize ----------------------------------------------------------
 
 
 @every_builder
@@ -426,7 +426,7 @@ def test_update_bn_gives_the_statistics_at_x(build, batches):
     assert (norm.running_mean - seen).abs().max() > 1e-3
 
 
-# forms --------------------------------------------------------------------------------------------
+# forms -----------------------------------------------------------------------------------------
 
 
 @every_builder
@@ -533,7 +533,7 @@ def test_inner_momentum_averages_the_gradient_first():
 def test_warm_up_is_linear_in_the_rate_and_counts_in_the_weights(build):
     params = parameters()
     optimizer = build(params, warmup_steps=10)
-    top = 1.0 if build is over_prodigy else own(optimizer).get("lr", optimizer.param_groups[0]["lr"])
+    top = optimizer.param_groups[0]["lr"]
     rates, total = [], 0.0
     for step in range(15):
         expected = optimizer.effective_lr()
@@ -565,7 +565,8 @@ def test_weights_follow_t_to_the_r(build):
 def test_silent_steps_of_radam_do_not_move_and_loud_ones_are_sgd():
     quiet, loud = parameters(), parameters()
     start = values(quiet)
-    a, b = RAdamScheduleFree(quiet, lr=0.01), RAdamScheduleFree(loud, lr=0.01, silent_sgd_phase=False)
+    a = RAdamScheduleFree(quiet, lr=0.01)
+    b = RAdamScheduleFree(loud, lr=0.01, silent_sgd_phase=False)
     reference = parameters()
     plain = SGDScheduleFree(reference, lr=0.01)
     for step in range(8):
@@ -579,7 +580,7 @@ def test_silent_steps_of_radam_do_not_move_and_loud_ones_are_sgd():
     assert not equal(start, values(quiet))
 
 
-# copies and precision -----------------------------------------------------------------------------
+# copies and precision --------------------------------------------------------------------------
 
 
 @every_builder
@@ -623,7 +624,7 @@ def test_bfloat16_parameters_average_in_float32(build, store_x):
             torch.testing.assert_close(a.state[p]["x"], b.state[q]["x"], rtol=1e-4, atol=1e-5)
 
 
-# the wrapper --------------------------------------------------------------------------------------
+# the wrapper -----------------------------------------------------------------------------------
 
 BASES = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -641,7 +642,7 @@ BASES = {
 
 @pytest.mark.parametrize("base", BASES)
 @either_store
-def test_departure_the_wrapper_runs_over_any_base(base, store_x):
+def test_the_wrapper_runs_over_any_base(base, store_x):
     """z takes the base's step on the gradient at y, x averages z: by hand with the base alone."""
     params, shadow = parameters(), parameters()
     optimizer = ScheduleFreeWrapper(BASES[base](params), weight_lr_power=0, store_x=store_x)

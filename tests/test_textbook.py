@@ -115,7 +115,7 @@ def test_adam_takes_the_new_denominator():
 def test_adam_without_memory_is_signed_dual_averaging():
     """Adam's weights undone (Appendix F): b1 = 0 and eps = 0 make x a sum of g / sqrt(v)."""
     problem = quadratic()
-    trace = textbook.dadapt_adam(problem.grad, problem.x0, STEPS, d0=0.01, betas=(0.0, 0.99), eps=0)
+    trace = textbook.dadapt_adam(problem.grad, problem.x0, STEPS, d0=0.01, betas=(0, 0.99), eps=0)
     walked = (trace.lam[:-1, None] * trace.g[:-1] / trace.v[1:].sqrt()).cumsum(0)
     assert close(trace.x[1:], problem.x0 - walked)
 
@@ -133,7 +133,7 @@ def test_prodigy_with_a_frozen_d_is_d_adaptation_with_a_frozen_d():
 
 
 def test_prodigy_keeps_below_D_and_above_d_adaptation():
-    problem = problems.max_affine(problems.gaussian((12, 4), 1), problems.gaussian(4, 2), [0.0] * 4)
+    problem = problems.max_affine(problems.gaussian((12, 4), 1), problems.gaussian(4, 2), [0.] * 4)
     start = dict(d0=1e-4 * problem.D, G=problem.G)
     for ours, theirs in ((textbook.prodigy_gd, textbook.dadapt_gd),
                          (textbook.prodigy_dual_averaging, textbook.dadapt_dual_averaging)):
@@ -277,7 +277,8 @@ def test_problems_keep_their_promises(problem):
     points = [problem.x0 + problems.gaussian(problem.x0.shape, seed) for seed in range(20)]
     for x in points:
         leaf = x.clone().requires_grad_()
-        assert close(torch.autograd.grad(problem.value(leaf), leaf)[0], problem.grad(x), 1e-9, 1e-9)
+        slope, = torch.autograd.grad(problem.value(leaf), leaf)
+        assert close(slope, problem.grad(x), 1e-9, 1e-9)
         if problem.G is not None:
             assert problem.grad(x).norm() <= problem.G * (1 + 1e-12)
         if problem.x_star is not None:

@@ -36,7 +36,8 @@ def runs(box, steps=300, guarded=False, **parameters):
     found = []
     for problem in lipschitz_problems():
         given = parameters | ({"G": problem.G} if guarded else {})
-        found += [(problem, getattr(textbook, box)(problem.grad, problem.x0, steps, d0=d0, **given))
+        run = getattr(textbook, box)
+        found += [(problem, run(problem.grad, problem.x0, steps, d0=d0, **given))
                   for d0 in STARTS]
     return found
 
@@ -485,7 +486,8 @@ def test_every_statement_names_a_test(page):
 
 def test_a_statement_without_a_test_is_found():
     page = (ROOT / "theory" / "21_d_adaptation.md").read_text(encoding="utf-8")
-    assert missing(page.replace("Checked by `test_key_bound`", ""), existing_tests()) == ["Lemma 2"]
+    without = page.replace("Checked by `test_key_bound`", "")
+    assert missing(without, existing_tests()) == ["Lemma 2"]
     assert missing(page, existing_tests() - {"test_growth_law"}) == ["Theorem 14"]
 
 

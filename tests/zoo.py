@@ -6,7 +6,7 @@
     make, run    build an optimizer of a case; let it take steps on a problem
     DEPARTURES   where we differ from a reference on purpose, with the test that shows it
 
-Adding a method: its cases in ``CASES``, its class in ``METHODS``, its departures in ``DEPARTURES``.
+Adding a method: its cases in ``CASES``, its class in ``METHODS``, departures in ``DEPARTURES``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ STEPS = 60
 SHAPES = [(7, 5), (3,), (), (2, 3, 4, 2), (1,), (2, 3, 4)]  # the 4-d one is channels_last
 
 
-# problems -----------------------------------------------------------------------------------------
+# problems --------------------------------------------------------------------------------------
 
 
 class LeastSquares:
@@ -83,7 +83,7 @@ def final(problem):
     return torch.cat([p.detach().to("cpu", torch.float64).flatten() for p in problem.params])
 
 
-# cases --------------------------------------------------------------------------------------------
+# cases -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def schedule(optimizer, factor):
 
 
 def run(case, steps=STEPS, reference=False, problem=None, each=None, optimizer=None, **extra):
-    """Let a case (ours or its reference) take steps; returns (problem, optimizer, d of every step).
+    """Let a case (ours or its reference) take steps: (problem, optimizer, d of every step).
 
     case: a ``Case``, or an optimizer over ``problem``'s parameters.
     each(step, optimizer): called after every step. Schedule-Free methods are left in train mode.
@@ -196,7 +196,7 @@ def error(a, b):
     return float((a - b).norm() / b.norm())
 
 
-# the table ----------------------------------------------------------------------------------------
+# the table -------------------------------------------------------------------------------------
 
 
 def warm_then_decay(step):
@@ -346,7 +346,7 @@ def _cases():
 
 CASES = list(_cases())
 
-# The issue's thirteen classes at their defaults (the wrapper over a foreign base and over our own).
+# The thirteen classes at their defaults (the wrapper over a foreign base and over our own).
 METHODS = [
     Case(
         name,

@@ -64,7 +64,7 @@ def setup(seed, figures="", device="auto"):
 
 
 def colour(name):
-    """The colour of a method, as a hex string. Raises ValueError, with all names, for a new one."""
+    """The colour of a method, as a hex string. Raises ValueError, with all names, for others."""
     if name not in METHOD_COLOURS:
         raise ValueError(f"no colour for method {name!r}; known are {', '.join(METHOD_COLOURS)}. "
                          "A new method gets its colour in prodigy.lab.figures.METHOD_COLOURS")
@@ -94,7 +94,7 @@ def save(fig, name, table, alt):
 
 
 def _csv(table):
-    """The table as text; floats with 12 significant digits, so that the last bits cannot differ."""
+    """The table as text; floats with 12 significant digits, so that last bits cannot differ."""
     return pd.DataFrame(table).to_csv(index=False, float_format="%.12g", lineterminator="\n")
 
 

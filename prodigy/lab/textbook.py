@@ -73,7 +73,7 @@ def ratio(numerator, denominator):
 
 
 def averages(x, weights):
-    """The running weighted means sum_{i<=k} w_i x_i / sum_{i<=k} w_i; x is (n, p), weights (n,)."""
+    """The running weighted means sum_{i<=k} w_i x_i / sum_{i<=k} w_i; x (n, p), weights (n,)."""
     return (weights[:, None] * x).cumsum(0) / weights.cumsum(0)[:, None]
 
 

@@ -5,8 +5,8 @@
     trace.accuracy[lr, seed, epoch]
 
 The optimizers are the importable ones, run once under ``torch.func.vmap``: each run has its own
-weights, state, learning rate and d, and no run sees another. ``capturable=True`` tells a method that
-its learning rate lives on the device, here one number per run.
+weights, state, learning rate and d, and no run sees another. ``capturable=True`` tells a method
+that its learning rate lives on the device, here one number per run.
 """
 
 import itertools
@@ -68,14 +68,13 @@ def steps_at(*milestones, factor=0.1):
 
 def mean_and_error(values, axis=-1):
     """Mean and standard error of the mean along an axis of independent runs."""
-    n = values.shape[axis]
-    spread = values.std(axis, ddof=1) / np.sqrt(n) if n > 1 else np.full_like(values.mean(axis), np.nan)
-    return values.mean(axis), spread
+    mean, n = values.mean(axis), values.shape[axis]
+    return mean, values.std(axis, ddof=1) / np.sqrt(n) if n > 1 else np.full_like(mean, np.nan)
 
 
 @contextmanager
 def one_thread(small):
-    """Compute on one thread if the tensors are small: sharing them out costs more than it saves."""
+    """Compute on one thread if the tensors are small: sharing them out costs more time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if small else threads)
     try:
@@ -121,10 +120,10 @@ def sweep(
     device="cpu",
     label=None,
 ):
-    """Softmax regression with bias, or a tanh network, for every pair of a learning rate and a seed.
+    """Softmax regression with bias, or a tanh network, for every pair of learning rate and seed.
 
-    A seed fixes the initial weights (uniform in +-1/sqrt(inputs), as torch.nn.Linear) and the order
-    of the rows in every epoch, so that all learning rates and methods see the same of both.
+    A seed fixes the initial weights (uniform in +-1/sqrt(inputs), as torch.nn.Linear) and the
+    order of the rows in every epoch, so that all learning rates and methods see the same of both.
     Incomplete batches are dropped, in training and in its accuracy, as in the papers' figures.
 
     Args:

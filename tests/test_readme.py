@@ -1,0 +1,157 @@
+"""The README says what the repository holds: its tables, links, code and citations."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+import zoo
+
+import prodigy
+from prodigy.lab import published
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+FIGURES = ROOT / "figures"
+NOTEBOOK_21 = "[21](notebooks/21_d_adaptation.ipynb)"
+NOTEBOOK_41 = "[41](notebooks/41_convex.ipynb)"
+THEORY_21 = "[21](theory/21_d_adaptation.md)"
+
+
+def table(first_cell):
+    """The rows of the table whose heading starts with this cell, each a list of cells."""
+    lines = README.splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith(f"| {first_cell} |")]
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def figure_rows():
+    """The rows of the figure table, from the committed numbers and the published ones."""
+    ours = pd.read_csv(FIGURES / "21_d_adaptation_fig1.csv")
+    paper = published.curve("dadaptation_fig1_abs")
+    largest = np.abs(ours[["d_k", "dhat_k"]].values - paper[["d_k", "dhat_k"]].values).max()
+    yield ["D-Adaptation Fig. 1, both curves, 99 steps", NOTEBOOK_21, THEORY_21, "vector art",
+           f"largest difference {largest:.1e}"]
+    two = pd.read_csv(FIGURES / "41_convex_dadaptation_fig2.csv")
+    last = two[two.epoch == two.epoch.max()]
+    yield from grouped("D-Adaptation Fig. 2", published.DADAPTATION_FIG2, last, THEORY_21)
+    eight = pd.read_csv(FIGURES / "41_convex_road_fig8.csv")
+    best = eight.loc[eight.groupby(["set", "method"], sort=False)["mean"].idxmax()]
+    yield from grouped("The Road Less Scheduled Fig. 8", published.ROAD_FIG8, best, "")
+
+
+def grouped(figure, source, frame, theory):
+    """One row for the methods of a set whose numbers, published and here, are the same."""
+    rows = {}
+    for row in frame.itertuples():
+        value, error = source.of(row.set.capitalize(), row.method)
+        there = f"{value:.1f}" + (f" (SE {error:.2f})" if error is not None else "")
+        here = f"{row.mean:.2f} (SE {row.se:.2f}), {row.mean - value:+.2f}"
+        rows.setdefault((row.set.capitalize(), there, here), []).append(row.method)
+    for (name, there, here), methods in rows.items():
+        yield [f"{figure}, {name}: {', '.join(methods)}", NOTEBOOK_41, theory, there, here]
+
+
+def departure_rows():
+    for d in zoo.DEPARTURES:
+        cells = [d.classes, d.reference, d.theirs, d.ours, f"`{d.test}`"]
+        yield [cell.replace("|", "\\|") for cell in cells]
+
+
+def memory(name, dtype, **options):
+    """Bytes of state for each weight, at the defaults but for the options."""
+    p = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    cls = getattr(prodigy, name)
+    wrapper = cls is prodigy.ScheduleFreeWrapper
+    optimizer = cls(prodigy.SGD([p], lr=0.1)) if wrapper else cls([p], **options)
+    optimizer.step()
+    state = optimizer.state[p].values()
+    size = sum(t.numel() * t.element_size() for t in state if torch.is_tensor(t) and t.dim())
+    return size / p.numel()
+
+
+def test_the_figure_table_holds_the_committed_numbers():
+    assert table("figure") == list(figure_rows())
+
+
+def test_the_departures_are_those_of_the_zoo():
+    assert table("class") == list(departure_rows())
+
+
+def test_the_family_table_names_every_method_with_its_memory():
+    rows = table("method")
+    assert [row[0].strip("`") for row in rows] == prodigy.__all__
+    for name, *_, words, bytes_ in [[row[0].strip("`"), *row[1:]] for row in rows]:
+        base = "base + " if name == "ScheduleFreeWrapper" else ""
+        assert words == f"{base}{memory(name, torch.float32) / 4:g}", name
+        assert bytes_ == f"{base}{memory(name, torch.bfloat16):g}", name
+    sliced = memory("Prodigy", torch.float32, slice_p=11) / 4
+    both = memory("Prodigy", torch.float32, slice_p=11, betas=(0.0, 0.999)) / 4
+    assert f"({sliced:.1f} words)" in README and round(sliced - both, 6) == 1
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_code_runs(code):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 12), torch.nn.BatchNorm1d(12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
+    X, y = torch.randn(20, 4), torch.randint(3, (20,))
+    names = dict(
+        model=model, loader=[(X[:10], y[:10]), (X[10:], y[10:])], torch=torch, prodigy=prodigy,
+        loss_of=torch.nn.functional.cross_entropy, evaluate=lambda model: model(X),
+        params=list(model.parameters()),
+    )
+    names["optimizer"] = prodigy.AdamWScheduleFree(model.parameters())
+    exec(code, names)
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^)#\s]+)\)", README) + re.findall(r'(?:src|href)="([^"]+)"', README)
+    inside = [link for link in links if not link.startswith("http")]
+    assert len(inside) > 10
+    assert not [link for link in inside if not (ROOT / link).exists()]
+
+
+def test_commands_are_targets_of_the_makefile():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE)
+    assert {"reproduce", "test", "lab", "figures"} <= set(commands) <= set(targets)
+
+
+def test_the_first_screen_shows_the_figure_and_the_commands():
+    top = README.split("\n## ")[0]
+    assert "figures/21_d_adaptation_fig1.svg" in top
+    assert "make reproduce" in top and "make test" in top
+
+
+def test_bibtex_agrees_with_the_citation_file():
+    entries = re.findall(r"^@\w+\{.*?^\}", README, re.DOTALL | re.MULTILINE)
+    papers = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert len(entries) == len(papers)
+    for entry, paper in zip(entries, papers):
+        field = dict(re.findall(r"^  (\w+) = \{(.*)\},$", entry, re.MULTILINE))
+        assert field["title"].replace("{", "").replace("}", "") == paper["title"]
+        assert field["author"].split(" and ") == [
+            f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+        assert field["year"] == str(paper["year"])
+        assert field["url"] == paper["url"]
+        assert paper.get("collection-title", paper.get("journal")) in (
+            field.get("booktitle"), field.get("journal"))
+
+
+def test_the_numbers_of_the_tour():
+    tour = pd.read_csv(FIGURES / "00_start_here_accuracy.csv")
+    tour = tour[tour.knob == "lr"].set_index(["method", "factor"])["mean"]
+    below, above = tour["AdamW"].max() - tour["Prodigy", 1], tour["Prodigy", 1] - tour["AdamW", 1]
+    assert f"ends {below:.1f} points below AdamW at the best of five rates" in README
+    assert f"and {above:.1f} points above AdamW at its default" in README
+    assert tour["DAdaptAdam", 10] < 50 < tour["DAdaptAdam", 1]

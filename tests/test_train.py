@@ -1,0 +1,161 @@
+"""Batched runs: every run of a sweep is the run that ordinary code would have made alone."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import prodigy
+from prodigy.lab import train
+from prodigy.lab.data import load
+from prodigy.lab.train import Trace, mean_and_error, steps_at, sweep
+
+IRIS = load("iris")
+SPLIT = replace(IRIS, X=IRIS.X[::2], y=IRIS.y[::2], X_test=IRIS.X[1::2], y_test=IRIS.y[1::2])
+DROPS = steps_at(0.5, 0.75)
+
+
+def method(name, **options):
+    return lambda params, lr, **modes: getattr(prodigy, name)(params, lr=lr, **options, **modes)
+
+
+def wrapped(params, lr, **modes):
+    return prodigy.ScheduleFreeWrapper(prodigy.RMSprop(params, lr=lr, **modes))
+
+
+CASES = {
+    "SGD": (method("SGD", momentum=0.9), [0.1, 0.01], train.constant),
+    "Adam": (method("Adam"), [0.1, 0.001], train.linear_decay),
+    "DAdaptSGD": (method("DAdaptSGD", d0=1e-3), [1.0, 0.3], train.linear_decay),
+    "DAdaptAdam": (method("DAdaptAdam", d0=1e-3), [1.0, 3.0], DROPS),
+    "Prodigy": (method("Prodigy"), [1.0, 0.5], train.constant),
+    "AdamWScheduleFree": (method("AdamWScheduleFree"), [0.1, 0.01], train.constant),
+    "ScheduleFreeWrapper": (wrapped, [0.1, 0.01], train.constant),
+}
+
+
+def making(name):
+    return lambda params, lr: CASES[name][0](params, lr, capturable=True)
+
+
+def alone(name, data, lr, seed, hidden=(), epochs=3, batch=16):
+    """One run by autograd, without vmap and with a float for lr: (accuracy, loss, d, test)."""
+    make, _, schedule = CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [data.X.shape[1], *hidden, data.classes]
+    layers = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        W = torch.rand(inputs + 1, outputs, generator=generator, dtype=torch.float64)
+        layers.append(torch.nn.Parameter((2 * W - 1) / inputs**0.5))
+    orders = [torch.randperm(len(data.y), generator=generator) for _ in range(epochs)]
+    optimizer = make(layers, 1.0)
+    steps = len(data.y) // batch
+
+    def scores(X):
+        for W in layers[:-1]:
+            X = torch.tanh(X @ W[:-1] + W[-1])
+        return X @ layers[-1][:-1] + layers[-1][-1]
+
+    def accuracy(X, y):
+        return 100 * (scores(torch.tensor(X)).argmax(1) == torch.tensor(y)).double().mean().item()
+
+    rows = []
+    for epoch, order in enumerate(orders):
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule((epoch * steps + step) / (epochs * steps))
+            i = order[step * batch : (step + 1) * batch].numpy()
+            optimizer.zero_grad()
+            X, y = torch.tensor(data.X[i]), torch.tensor(data.y[i])
+            torch.nn.functional.cross_entropy(scores(X), y).backward()
+            optimizer.step()
+        X, y = data.X[: steps * batch], data.y[: steps * batch]
+        with optimizer.averaged() if hasattr(optimizer, "averaged") else nullcontext():
+            entropy = torch.nn.functional.cross_entropy(scores(torch.tensor(X)), torch.tensor(y))
+            test = accuracy(data.X_test, data.y_test) if data.X_test is not None else np.nan
+            d = float(optimizer.param_groups[0].get("d", np.nan))
+            rows.append((accuracy(X, y), entropy.item(), d, test))
+    return np.array(rows).T
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (4, 3)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_every_run_of_a_sweep_is_the_run_made_alone(name, hidden):
+    _, lrs, schedule = CASES[name]
+    seeds = [3, 8]
+    trace = sweep(making(name), SPLIT, lrs, seeds, hidden=hidden, epochs=3, schedule=schedule)
+    for i, lr in enumerate(lrs):
+        for j, seed in enumerate(seeds):
+            got = [a[i, j] for a in (trace.accuracy, trace.loss, trace.d, trace.test)]
+            expected = alone(name, SPLIT, lr, seed, hidden)
+            np.testing.assert_allclose(np.array(got), expected, rtol=1e-10, atol=0)
+
+
+def test_runs_differ_by_seed_and_rate_and_do_not_see_one_another():
+    lrs, seeds = [0.1, 0.01], [0, 1, 2]
+    trace = sweep(making("Adam"), IRIS, lrs, seeds, epochs=2)
+    assert trace.loss.shape == (2, 3, 2)
+    assert len(np.unique(trace.loss)) == trace.loss.size
+    part = sweep(making("Adam"), IRIS, lrs[1:], seeds[2:], epochs=2)
+    np.testing.assert_allclose(part.loss[0, 0], trace.loss[1, 2], rtol=1e-12)
+
+
+def test_what_does_not_apply_is_nan():
+    trace = sweep(making("Adam"), IRIS, [0.1], [0], epochs=1)
+    assert np.isnan(trace.d).all() and np.isnan(trace.test).all()
+    assert not np.isnan(sweep(making("Prodigy"), SPLIT, [1.0], [0], epochs=1).test).any()
+
+
+def test_incomplete_batches_are_dropped():
+    few = replace(IRIS, X=IRIS.X[:20], y=IRIS.y[:20])
+    accuracy = sweep(making("Adam"), few, [0.1], [0], epochs=4, batch=8).accuracy
+    np.testing.assert_allclose(accuracy * 16 / 100, np.round(accuracy * 16 / 100), atol=1e-12)
+    one = replace(IRIS, X=IRIS.X[:16], y=IRIS.y[:16])
+    assert sweep(making("Adam"), one, [0.1], [0], epochs=1, batch=16).loss.shape == (1, 1, 1)
+
+
+def test_a_batch_larger_than_the_table_is_refused():
+    with pytest.raises(ValueError, match="batch must be at most the number of rows, 150, got 151"):
+        sweep(making("Adam"), IRIS, [0.1], [0], batch=151)
+
+
+def test_schedules():
+    progress = np.arange(100) / 100
+    assert {train.constant(p) for p in progress} == {1.0}
+    assert train.linear_decay(0.0) == 1.0 and train.linear_decay(0.75) == 0.25
+    factors = [steps_at(0.6, 0.8, 0.95)(p) for p in progress]
+    np.testing.assert_allclose(factors, np.repeat([1, 0.1, 0.01, 0.001], [60, 20, 15, 5]))
+    assert steps_at(0.5, factor=0.25)(0.5) == 0.25
+
+
+def trace_of(accuracy, loss):
+    accuracy, loss = np.array(accuracy, float), np.array(loss, float)
+    empty = np.full_like(accuracy, np.nan)
+    return Trace(np.arange(len(accuracy)), accuracy, loss, empty, empty)
+
+
+def test_best_takes_the_mean_final_accuracy_then_the_loss():
+    final = trace_of([[[99, 50], [99, 60]], [[0, 70], [0, 50]]], np.ones((2, 2, 2)))
+    assert final.best() == 1
+    assert final.best(tail=2) == 0
+    tie = trace_of(np.full((3, 1, 1), 90.0), [[[0.3]], [[0.1]], [[0.2]]])
+    assert tie.best() == 1
+
+
+def test_best_counts_nan_as_nothing():
+    nan = float("nan")
+    assert trace_of([[[nan], [100]], [[60], [60]]], np.ones((2, 2, 1))).best() == 1
+    assert trace_of(np.full((2, 1, 1), 90.0), [[[nan]], [[5.0]]]).best() == 1
+
+
+def test_mean_and_error():
+    values = np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
+    mean, se = mean_and_error(values)
+    np.testing.assert_allclose(mean, [2.5, 5.0])
+    np.testing.assert_allclose(se, [np.sqrt(5 / 3) / 2, 0.0])
+    mean, se = mean_and_error(values, axis=0)
+    np.testing.assert_allclose(mean, [3.0, 3.5, 4.0, 4.5])
+    np.testing.assert_allclose(se, np.array([4.0, 3.0, 2.0, 1.0]) / 2)
+    assert np.isnan(mean_and_error(values[:, :1])[1]).all()
