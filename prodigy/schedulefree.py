@@ -383,7 +383,8 @@ class ScheduleFreeWrapper(ScheduleFree):
     parameters without a gradient stay.
 
     Args:
-        base (torch.optim.Optimizer): best without momentum of its own, which averages twice.
+        base (torch.optim.Optimizer): best without momentum of its own (Prodigy and DAdaptAdam:
+            beta1 = 0), which would average twice.
         weight_decay_at_y (float): decay taken at y and applied to z, in units of 1/lr; [0, inf).
             (The base's own weight decay acts at z.)
         momentum (float): :math:`\beta`, [0, 1]; 0 needs store_x.
@@ -557,7 +558,9 @@ class ScheduleFreeWrapper(ScheduleFree):
         saved, mine = self.base.state_dict(), torch.optim.Optimizer.state_dict(self)
         state = {i: dict(s) for i, s in saved["state"].items()}
         for i, s in mine["state"].items():
-            state.setdefault(i, {}).update(s)
+            if both := sorted(set(s) & set(state.setdefault(i, {}))):
+                raise RuntimeError(f"the base keeps a tensor named {both[0]} too: save base apart")
+            state[i].update(s)
         for group in saved["param_groups"]:
             group["schedule_free"] = dict(group["schedule_free"])
         return {"state": state, "param_groups": saved["param_groups"]}
