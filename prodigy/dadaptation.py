@@ -82,7 +82,7 @@ class Estimator(Family):
             shares = [(live(self, g), self.add_up(g, totals[id(g)])) for g in circle]
             parts = [[a.to(home) * alive for a in share] for alive, share in shares]
             top, bottom = (functools.reduce(torch.add, part) for part in zip(*parts))
-            estimate = self.bound(top, torch.where(bottom > 0, bottom, 1.0))
+            estimate = self.bound(circle[0], top, torch.where(bottom > 0, bottom, 1.0))
             valid = (bottom > 0) & estimate.isfinite()
             known = {}
             for g in everyone:
@@ -99,7 +99,7 @@ class Estimator(Family):
         """Store what a group carries on; return its share of dhat's numerator and denominator."""
         raise NotImplementedError
 
-    def bound(self, numerator, denominator):
+    def bound(self, group, numerator, denominator):
         """dhat from the two sums."""
         return numerator / denominator
 
@@ -198,7 +198,7 @@ class DAdaptSGD(Estimator):
         self._keep(group, "numerator_weighted", group["numerator_weighted"] + sums[0])
         return group["numerator_weighted"], sums[1]
 
-    def bound(self, numerator, denominator):
+    def bound(self, group, numerator, denominator):
         return 2 * numerator / denominator.sqrt()
 
     def convert(self, state_dict):

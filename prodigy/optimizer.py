@@ -52,6 +52,7 @@ RANGES = {
     "layer_scale": "(0, inf)",
     "slice_p": "[1, inf)",
     "peak_patience": "[1, inf)",
+    "prodigy_steps": "[0, inf)",
     "total_training_steps": "[1, inf)",
     "warmup_steps": "[0, inf)",
     "r": "(-1, inf)",
@@ -59,12 +60,16 @@ RANGES = {
     "schedulefree_c": "[0, inf)",
     "log_every": "[0, inf)",
 }
-INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every"}
+INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
+            "prodigy_steps"}
 OPTIONAL = {"beta3", "total_training_steps", "foreach"}
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
          "use_bias_correction", "safeguard_warmup", "fsdp_in_use", "cosine_decay", "split_groups",
-         "silent_sgd_phase", "store_x", "closure_form"}
+         "silent_sgd_phase", "store_x", "closure_form", "weight_decay_by_lr", "d_limiter",
+         "split_groups_mean", "factored", "factored_fp32", "use_stableadamw", "use_schedulefree",
+         "use_speed", "stochastic_rounding", "fused_back_pass", "use_cautious", "use_grams",
+         "use_adopt", "use_orthograd", "use_focus"}
 
 
 def check(name, value, ranges={}, read=True):
@@ -74,7 +79,7 @@ def check(name, value, ranges={}, read=True):
     Traceback (most recent call last):
     ValueError: lr must lie in [0, inf), got -1.0
     """
-    if value is None and name in OPTIONAL:
+    if value is None and (name in OPTIONAL or "None" in ranges.get(name, "")):
         return
     if name in FLAGS:
         if not isinstance(value, bool):
@@ -95,6 +100,7 @@ def check(name, value, ranges={}, read=True):
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind += " or a 0-d tensor" * (name == "lr")
         raise TypeError(f"{name} must be {kind} in {interval}, got {value!r}")
+    interval = interval.removesuffix(" or None")
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = low < value or (interval[0] == "[" and low == value)
     below = value < high or (interval[-1] == "]" and high == value)
@@ -125,6 +131,8 @@ class Family(torch.optim.Optimizer):
     decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
+    rounded = ()  # names of buffers that may be kept in the parameter's own low precision
+    stored = ("p0", "x0")  # names of buffers that keep the dtype they were saved in
     counters = ("k",)  # names of its numbers that are 0-d tensors too when capturable
 
     def __init__(self, params, *, differentiable=False, fused=None, **defaults):
@@ -256,25 +264,58 @@ class Family(torch.optim.Optimizer):
     def update(self):
         """The step without the closure."""
         batches = self.gather()
-        groups = list({id(b.group): b.group for b in batches}.values())
+        self._set_scalars(batches)
+        if self.look is not None and batches:
+            self.prepare(*self._totals({}, batches, "_look"))
+            self._set_scalars(batches)
+        pending = self.__dict__.pop("_pending", {})
+        self.__dict__.pop("_taken", None)
+        groups, totals = self._totals(pending, batches, "_pass")
         if not groups:
             return
-        if self.look is not None:
-            self._set_scalars(batches)
-            self.prepare(groups, self._totals(groups, batches, "_look"))
-        self._set_scalars(batches)
-        totals = self._totals(groups, batches, "_pass")
         for group, sums in zip(groups, totals):
             self._set(group, "nonfinite", group["nonfinite"] + sums.pop())
             self._set(group, "k", group["k"] + live(self, group))
         self.adapt(groups, totals)
         self._report(groups)
 
-    def gather(self):
+    @torch.no_grad()
+    def step_param(self, p, group):
+        """The step of one parameter, as soon as its gradient is there (fused backward).
+
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.register_post_accumulate_grad_hook(
+                        lambda p, group=group: optimizer.step_param(p, group))
+
+        ``step()`` then steps what is left, if anything, and adapts d, once for the whole pass. Set
+        ``p.grad = None`` after ``step_param`` to free each gradient during the backward pass.
+
+        Raises:
+            RuntimeError: if the method needs the size of the whole gradient first, or if p was
+                stepped since the last ``step()`` (gradient accumulation: only call this in the
+                last backward pass).
+        """
+        if self.look is not None:
+            raise RuntimeError(f"{type(self).__name__} needs all gradients first: call step()")
+        taken = self.__dict__.setdefault("_taken", set())
+        if p in taken:
+            raise RuntimeError("this parameter was stepped already: call step() after every "
+                               "backward pass, one that failed too, and step_param in the last "
+                               "pass of an accumulation only")
+        batches = self.gather(only=(group, p))
+        self._set_scalars(batches)
+        pending = self.__dict__.setdefault("_pending", {})
+        self._totals(pending, batches, "_pass")
+        taken.add(p)
+
+    def gather(self, only=None):
         """Check everything, then sort what has a gradient by group, device, dtype and clock."""
+        taken = self.__dict__.get("_taken", ())
         active = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        for group in self.param_groups if only is None else [only[0]]:
+            wanted = group["params"] if only is None else [only[1]]
+            params = [p for p in wanted if p.grad is not None and p not in taken]
             for p in params:
                 check_gradient(p)
             active.append((group, params))
@@ -288,7 +329,7 @@ class Family(torch.optim.Optimizer):
                 if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
                 t, clock = self._tick(group, s, working_dtype(p.dtype))
-                key = (id(group), p.device, p.dtype, clock)
+                key = (id(group), p.device, p.dtype, clock, frozenset(s))
                 if key not in batches:
                     batches[key] = SimpleNamespace(
                         group=group, t=t, clock=clock, params=[], states=[], h={})
@@ -300,14 +341,18 @@ class Family(torch.optim.Optimizer):
         """The state of one parameter, with every buffer the method asks for."""
         s = self.state[p]
         for name, make in self.buffers(group).items():
-            if name not in s:
-                s[name] = make(p)
-        if p.dtype != working_dtype(p.dtype) and "residual" not in s:
+            if name not in s and (buffer := make(p)) is not None:
+                s[name] = buffer
+        wide = p.dtype == working_dtype(p.dtype) or self._rounds_at_random(group, p)
+        if not wide and "residual" not in s:
             s["residual"] = residual(p)
         if self.own_clock and "step" not in s:
             device = p.device if group["capturable"] else "cpu"
             s["step"] = torch.zeros((), dtype=torch.float32, device=device)
         return s
+
+    def _rounds_at_random(self, group, p):
+        return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16
 
     def _tick(self, group, s, dtype):
         """The number of this step, counted from 1, and a key for those that share it."""
@@ -340,21 +385,26 @@ class Family(torch.optim.Optimizer):
         known |= {"l2": decays and not apart, "decouple": decays and apart}
         return {**known, "lr": rate(group)}
 
-    def _totals(self, groups, batches, name):
-        """For every group the list of sums over its tensors, on its home device."""
-        totals = {id(group): None for group in groups}
+    def _totals(self, pending, batches, name):
+        """(groups, for each the sums over its tensors), after adding the batches to pending."""
         for b in batches:
             sums = self._run(b, name)
-            so_far = totals[id(b.group)]
+            _, so_far = pending.get(id(b.group), (None, None))
             if so_far is not None:
                 sums = [a + s.to(a.device) for a, s in zip(so_far, sums)]
-            totals[id(b.group)] = sums
-        return list(totals.values())
+            pending[id(b.group)] = b.group, sums
+        return [group for group, _ in pending.values()], [sums for _, sums in pending.values()]
 
     def _run(self, b, name):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
         group, device = b.group, b.params[0].device
-        h = {**self._knobs(group), **b.h, "live": live(self, group)}
+        h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
+        if self._rounds_at_random(group, b.params[0]) and isinstance(group["k"], int):
+            place = [id(g) for g in self.param_groups].index(id(group))
+            first = [id(p) for p in group["params"]].index(id(b.params[0]))
+            seed = hash((group["k"], place, first))
+            if device.type != "meta" and not group["compile"]:
+                h["noise"] = torch.Generator(device).manual_seed(seed % 2**63)
         grads = [p.grad for p in b.params]
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
         states = [{key: s[key] for key in keys} for s in b.states]
@@ -388,6 +438,8 @@ class Family(torch.optim.Optimizer):
         totals = None
         for p, g, s in zip(params, grads, states):
             x, g, bad = load(p, g, s, h)
+            narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
+            s = s | {key: t.to(x.dtype) for key, t in narrow.items()}
             kept = [x, *(s[key] for key in s if key != "residual")]
             before = [t.clone() for t in kept] if isinstance(h.live, Tensor) else None
             sums = [*self.observe(x, g, s, h), bad]
@@ -396,7 +448,9 @@ class Family(torch.optim.Optimizer):
                 sums = [a * h.live for a in sums]
                 for t, old in zip(kept, before):
                     keep_(t, old, h.live)
-            store_(p, x, s.get("residual"))
+            store_(p, x, s.get("residual"), h.noise)
+            for key, t in narrow.items():
+                store_(t, s[key], None, h.noise)
             totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
         return totals
 
@@ -418,6 +472,12 @@ class Family(torch.optim.Optimizer):
     def nonfinite(self):
         """How many gradient entries were not finite so far (reads the device)."""
         return sum(int(group["nonfinite"]) for group in self.param_groups)
+
+    def state_bytes(self):
+        """Bytes kept for each parameter entry beside it and its gradient, since the first step."""
+        tensors = [t for s in self.state_dict()["state"].values() for t in s.values()]
+        size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return size / sum(p.numel() for group in self.param_groups for p in group["params"])
 
     def _report(self, groups):
         every = groups[0].get("log_every", 0)
@@ -470,7 +530,7 @@ class Family(torch.optim.Optimizer):
             return value
         if key == "step":
             return value.to(dtype=torch.float32, copy=True)
-        exact = key in ("p0", "x0") or not value.is_floating_point()
+        exact = key in self.stored or not value.is_floating_point()
         dtype = value.dtype if exact else working_dtype(p.dtype)
         return value.to(device=p.device, dtype=dtype, copy=True)
 

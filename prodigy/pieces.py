@@ -4,6 +4,9 @@ Scalars are Python floats or 0-d tensors on the device, whichever the step runs 
 asks a tensor for its value.
 """
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -112,9 +115,9 @@ def residual(p):
 
 
 def join(p, low):
-    """The float32 number x that p and its residual stand for; p itself where there is none."""
+    """The float32 number x that p and its residual stand for; p itself where it is wide enough."""
     if low is None:
-        return p
+        return p.to(working_dtype(p.dtype))
     if isinstance(p, Vec):
         return p.each(join, low)
     if p.dtype != torch.bfloat16:
@@ -123,12 +126,15 @@ def join(p, low):
     return (high + low).view(torch.float32)
 
 
-def store_(p, x, low):
-    """Write x to the parameter, rounded to nearest, and what rounding dropped to the residual."""
+def store_(p, x, low, noise=None):
+    """Write x to p and what rounding to nearest drops to the residual; without one, at random."""
     if x is p:
         return
     if isinstance(p, Vec):
-        p.each(lambda *row: store_(*row) or row[0], x, low)
+        for i, t in enumerate(p.parts):
+            store_(t, x.parts[i], low and low.parts[i], noise)
+    elif low is None:
+        stochastic_(p, x, noise)
     elif p.dtype != torch.bfloat16:
         p.copy_(x)
         low.copy_(x - p)
@@ -137,3 +143,116 @@ def store_(p, x, low):
         high = (bits + 0x8000) >> 16
         p.copy_(high.to(torch.int16).view(torch.bfloat16))
         low.copy_(bits - (high << 16))
+
+
+def stochastic_(p, x, generator=None):
+    """Write float32 x to a bfloat16 tensor, rounded up or down at random so that E[p] = x."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device,
+                          generator=generator)
+    p.copy_(((x.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16))
+
+
+# directions, tensor by tensor --------------------------------------------------------------------
+
+
+def by_tensor(function):
+    """Let a function of tensors and numbers run on Vecs too, one tensor after the other."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        vecs = [a for a in arguments if isinstance(a, Vec)]
+        if not vecs:
+            return function(*arguments)
+        n = len(vecs[0].parts)
+        columns = [a.parts if isinstance(a, Vec) else [a] * n for a in arguments]
+        return Vec(function(*row) for row in zip(*columns))
+
+    return run
+
+
+@by_tensor
+def atan2(a, b):
+    """(4/pi) atan2(a, b) in the place of a / (b + eps): no eps, bounded by 2, blind to scale.
+
+    Adam-atan2 (Everett et al. 2024, 2407.05872, App. on eps); 4/pi makes a = b a step of 1.
+    """
+    return torch.atan2(a, b).mul_(4 / math.pi)
+
+
+@by_tensor
+def rms_clip(u):
+    """u over the root of its root mean square, where that exceeds 1.
+
+    StableAdamW and Adafactor (Shazeer and Stern 2018, 1804.04235, Sec. 6) divide by the root mean
+    square itself; the root of it is the softer form of prodigy-plus-schedule-free.
+    """
+    rms = u.norm(2) / u.numel() ** 0.5
+    return u / rms.clamp_min(1.0).sqrt()
+
+
+@by_tensor
+def cautious(u, g):
+    """u without the entries whose sign is not g's, scaled up by what that share leaves.
+
+    C-Optim (Liang et al. 2024, 2411.16085, Alg. 1).
+    """
+    mask = (u * g > 0).to(u.dtype)
+    return u * mask / mask.mean().clamp_min(1e-3)
+
+
+@by_tensor
+def grams(u, g):
+    """|u| with the sign of g: Grams (Cao, Li, Song 2024, 2412.17107)."""
+    return u.abs() * g.sign()
+
+
+@by_tensor
+def orthogonal(u, x):
+    """u without its part along x, at its old length; 0 where nothing else is left.
+
+    OrthoGrad (Prieto et al. 2025, 2501.04697, Sec. 5).
+    """
+    v = u - x * ((u * x).sum() / (x * x).sum().clamp_min(1e-30))
+    length, left = u.norm(2), v.norm(2)
+    scaled = v * (length / left.clamp_min(1e-30))
+    known = left > 1e-6 * length  # below, v is rounding noise (always so for one entry)
+    moved = torch.where(known, scaled, torch.zeros_like(u))
+    return torch.where(x.norm(2) > 1e-30, moved, u)
+
+
+@by_tensor
+def focus(m, x, average):
+    """sign(m) + 0.1 sign(x - average): FOCUS (Liu, Liu, Gore 2025, 2501.12243)."""
+    return m.sign().add_((x - average).sign_(), alpha=0.1)
+
+
+# factored second moments -------------------------------------------------------------------------
+
+
+def factored_axes(shape, smallest=32):
+    """(second largest, largest) axis of a shape worth factoring, or None.
+
+    Adafactor (Shazeer and Stern 2018, 1804.04235): two vectors instead of a matrix.
+    """
+    if len(shape) < 2 or max(shape) < smallest:
+        return None
+    order = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))
+    return order[-2], order[-1]
+
+
+@by_tensor
+def factor_(row, col, gg, beta):
+    """Running means of gg over the largest axis (row) and the second largest (col), in place."""
+    dc, dr = factored_axes(gg.shape)
+    for average, axis in ((row, dr), (col, dc)):
+        wide = average.to(gg.dtype)
+        average.copy_(wide.lerp(gg.mean(axis, keepdim=True), 1 - beta))
+    return row
+
+
+@by_tensor
+def unfactor(row, col, like):
+    """row col / mean(row): exact where the second moment has rank one."""
+    dc, _ = factored_axes(like.shape)
+    row, col = row.to(like.dtype), col.to(like.dtype)
+    return row / row.mean(dc, keepdim=True).clamp_min(1e-30) * col

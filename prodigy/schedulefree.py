@@ -68,7 +68,7 @@ class ScheduleFree(Family):
         return {"train_mode": first["train_mode"]}
 
     def validate(self, group):
-        if self.beta(group) == 0 and not group["store_x"]:
+        if self.beta(group) == 0 and not group.get("store_x"):
             name = "momentum" if "momentum" in group else "betas[0]"
             raise ValueError(f"{name} = 0 (Polyak averaging) needs store_x=True: y alone is z")
 
@@ -101,7 +101,7 @@ class ScheduleFree(Family):
 
     # points -----------------------------------------------------------------------------------
     def buffers(self, group):
-        return {"z": wide_clone, **({"x": wide_clone} if group["store_x"] else {})}
+        return {"z": wide_clone, **({"x": wide_clone} if group.get("store_x") else {})}
 
     def advance(self, x, g, s, h):
         """y, z -> y, z without forming x (or with x, if it is kept), all from the old y and z.
@@ -131,24 +131,33 @@ class ScheduleFree(Family):
         """Parameters go from (1-old) z + old x to (1-new) z + new x; x and z stay."""
         for p, s in states:
             y = join(p, s.get(self.low))
-            if own["store_x"]:
+            if own.get("store_x"):
                 y.copy_(s["x"].lerp(s["z"], 1 - new))
             else:
-                y.lerp_(s["z"], 1 - new / old)
-            store_(p, y, s.get(self.low))
+                y.lerp_(s["z"].to(y.dtype), 1 - new / old)
+            low = s.get(self.low)
+            p.copy_(y) if low is None else store_(p, y, low)
 
-    def _follow(self, moving):
-        """Where beta was changed since the last step, take y along (also without a gradient)."""
+    def _follow(self, moving, only=None):
+        """Where beta was changed since the last step, take y along (also without a gradient).
+
+        only: one parameter, within a fused backward pass; ``step`` does the rest.
+        """
+        taken = self.__dict__.get("_taken", ())
         for own, states in self._groups():
             if id(own) in moving and own["y_beta"] != self.beta(own):
-                self._move(own, states, own["y_beta"], self.beta(own))
-                own["y_beta"] = self.beta(own)
+                behind = [row for row in states if row[0] not in taken]
+                now = behind if only is None else [row for row in behind if row[0] is only]
+                self._move(own, now, own["y_beta"], self.beta(own))
+                if only is None:
+                    own["y_beta"] = self.beta(own)
 
-    def gather(self):
+    def gather(self, only=None):
         for own, _ in self._groups():
             self.validate(own)
-        batches = super().gather()
-        self._follow({id(b.group) for b in batches})
+        batches = super().gather(only)
+        pending = self.__dict__.get("_pending", ())
+        self._follow({*pending, *(id(b.group) for b in batches)}, only and only[1])
         return batches
 
     @torch.no_grad()
@@ -214,14 +223,23 @@ class ScheduleFree(Family):
         if form and moves and closure is None:
             raise RuntimeError("closure_form=True needs step(closure): the gradient is taken at y")
         if not form:
-            if not all(own["train_mode"] for own, _ in self._groups()):
-                raise RuntimeError("the parameters hold x: call optimizer.train() before step()")
+            self._must_train("step")
             return super().step(closure)
         self.train()
         try:
             return super().step(closure)
         finally:
             self.eval()
+
+    def _must_train(self, name):
+        if not all(own["train_mode"] for own, _ in self._groups()):
+            raise RuntimeError(f"the parameters hold x: call optimizer.train() before {name}()")
+
+    def step_param(self, p, group):
+        if any(own["closure_form"] for own, _ in self._groups()):
+            raise RuntimeError("closure_form=True has no step_param: it needs step(closure)")
+        self._must_train("step_param")
+        super().step_param(p, group)
 
     def effective_lr(self, group=0):
         group = self.param_groups[group]
@@ -433,6 +451,9 @@ class ScheduleFreeWrapper(ScheduleFree):
     def adapt(self, groups, totals):
         raise NotImplementedError("the wrapper's update keeps its own books")
 
+    def step_param(self, p, group):
+        raise RuntimeError("ScheduleFreeWrapper steps its base as a whole: call step()")
+
     @torch.no_grad()
     def update(self):
         """z goes into the parameters, the base steps, then x and y follow."""
@@ -493,7 +514,7 @@ class ScheduleFreeWrapper(ScheduleFree):
         own, s = self.own(group), self.state[p]
         if "z" not in s:
             s["z"] = wide_clone(p)
-            if own["store_x"]:
+            if own.get("store_x"):
                 s["x"] = wide_clone(p)
             if p.dtype != working_dtype(p.dtype):
                 s["y_residual"] = residual(p)
@@ -579,6 +600,7 @@ class ScheduleFreeWrapper(ScheduleFree):
                 group.pop("lr_max", None)
             group["schedule_free"] = dict(group["schedule_free"])
         base = {i: {k: v for k, v in s.items() if k not in self.kept} for i, s in state.items()}
+        check_base_state(self.base, groups, {i: s for i, s in base.items() if state[i]})
         base = {i: {k: cloned(v) for k, v in s.items()} for i, s in base.items() if s}
         self.base.load_state_dict({"state": base, "param_groups": groups})
         self.param_groups = list(self.base.param_groups)
@@ -598,6 +620,15 @@ class ScheduleFreeWrapper(ScheduleFree):
 
     def __setstate__(self, state):
         torch.optim.Optimizer.__setstate__(self, state)
+
+
+def check_base_state(base, groups, state):
+    """Refuse a wrapper's checkpoint where the base's part, {index: {name: value}}, is empty."""
+    ids = [i for group in groups for i in group["params"]]
+    params = [p for group in base.param_groups for p in group["params"]]
+    if any(i in state and not state[i] and base.state.get(p) for i, p in zip(ids, params)):
+        raise ValueError("the base's tensors are missing: they get lost on the way through "
+                         "flatten_optimizer_state_dict=True of torch.distributed.checkpoint")
 
 
 def cloned(value):

@@ -9,3 +9,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--plus-seed", type=int, default=0, help="option sets of test_plus.py")

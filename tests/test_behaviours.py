@@ -166,7 +166,8 @@ def test_low_precision_weights_follow_the_float32_run(case, dtype, foreach):
         p.data.copy_(p.data.to(dtype))
     wide = [torch.nn.Parameter(p.detach().clone()) for p in start.params]
     narrow = [torch.nn.Parameter(p.detach().to(dtype)) for p in start.params]
-    optimizers = zoo.make(case, wide), zoo.make(case, narrow, foreach=foreach)
+    exact = dict(stochastic_rounding=False) if "ProdigyPlus" in case.name else {}
+    optimizers = zoo.make(case, wide), zoo.make(case, narrow, foreach=foreach, **exact)
     for step in range(40):
         pull(narrow, step)
         for p, q in zip(wide, narrow):
@@ -486,7 +487,7 @@ def test_all_zero_gradients_are_harmless(case, foreach):
     if "AdamW" not in case.name or case.cls is prodigy.AdamWScheduleFree:  # no decay by default
         assert all(torch.equal(p, x) for p, x in zip(params, start))
     if case.estimates_d:
-        assert optimizer.get_d() == pytest.approx(1e-6)
+        assert optimizer.get_d() == pytest.approx(case.kwargs.get("d0", 1e-6))
     for step in range(10):
         pull(params, step)
         optimizer.step()
@@ -738,13 +739,14 @@ def test_empty_groups_take_no_part(case):
     assert relative(*ends) < 1e-14
 
 
-@every_method
+@pytest.mark.parametrize("case", [c for c in zoo.METHODS if c not in zoo.ONE_SIZE], ids=str)
 def test_a_late_group_has_its_own_clock(case):
     """Bias corrections and averaging weights of a group added later start from 1."""
     if case.estimates_d:
         case = zoo.Case("split", case.cls, dict(case.kwargs))
     params, others = parameters(), parameters()
-    split = {"split_groups": True} if case.cls in ESTIMATORS else {}
+    alone = case.cls in (*ESTIMATORS, prodigy.DAdaptResetting)
+    split = {"split_groups": True} if alone else {}
     bias = {"use_bias_correction": True} if case.cls in ESTIMATORS[2:] else {}
     together = zoo.make(case, [params[0]], **split, **bias)
     first = zoo.make(case, [others[0]], **bias)

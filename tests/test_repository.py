@@ -142,9 +142,10 @@ def test_the_package_does_not_print(path):
         assert not (isinstance(node, ast.Call) and ast.unparse(node.func) == "print")
 
 
-def test_importing_the_package_leaves_the_lab_out():
+def test_importing_the_package_leaves_lab_and_frameworks_out():
     script = ("import sys, prodigy; print(*({'matplotlib', 'sklearn', 'pandas', 'papermill', "
-              "'prodigy.lab'} & set(sys.modules)))")
+              "'prodigy.lab', 'prodigy.lightning', 'lightning', 'pytorch_lightning', "
+              "'accelerate', 'transformers'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
                           text=True, check=True)
     assert done.stdout.split() == []

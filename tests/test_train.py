@@ -31,6 +31,7 @@ CASES = {
     "DAdaptSGD": (method("DAdaptSGD", d0=1e-3), [1.0, 0.3], train.linear_decay),
     "DAdaptAdam": (method("DAdaptAdam", d0=1e-3), [1.0, 3.0], DROPS),
     "Prodigy": (method("Prodigy"), [1.0, 0.5], train.constant),
+    "ProdigyPlusScheduleFree": (method("ProdigyPlusScheduleFree"), [1.0, 0.5], train.constant),
     "AdamWScheduleFree": (method("AdamWScheduleFree"), [0.1, 0.01], train.constant),
     "ScheduleFreeWrapper": (wrapped, [0.1, 0.01], train.constant),
 }
@@ -159,3 +160,26 @@ def test_mean_and_error():
     np.testing.assert_allclose(mean, [3.0, 3.5, 4.0, 4.5])
     np.testing.assert_allclose(se, np.array([4.0, 3.0, 2.0, 1.0]) / 2)
     assert np.isnan(mean_and_error(values[:, :1])[1]).all()
+
+
+def test_one_after_the_other_gives_the_same_numbers():
+    make, lrs, _ = CASES["ProdigyPlusScheduleFree"]
+    asked = dict(lrs=lrs, seeds=range(2), hidden=(8,), epochs=3)
+    together = sweep(making("ProdigyPlusScheduleFree"), SPLIT, **asked)
+    apart = sweep(make, SPLIT, batched=False, **asked)
+    for name in ("loss", "d", "accuracy", "test"):
+        np.testing.assert_allclose(getattr(apart, name), getattr(together, name), rtol=1e-9)
+
+
+def test_dtype_is_that_of_weights_and_gradients():
+    made = []
+
+    def make(params, lr):
+        made.append(prodigy.SGDScheduleFree(params, lr=lr))
+        return made[-1]
+
+    trace = sweep(make, IRIS, [0.1], [0], epochs=1, batched=False, dtype=torch.bfloat16)
+    for p in made[0].param_groups[0]["params"]:
+        assert p.dtype == p.grad.dtype == torch.bfloat16
+    wide = sweep(make, IRIS, [0.1], [0], epochs=1, batched=False)
+    assert 0 < abs(trace.loss.item() - wide.loss.item()) < 0.02 * wide.loss.item()

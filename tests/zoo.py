@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import dadaptation
+import dog
+import parameterfree
 import prodigyopt
 import schedulefree
 import torch
 
 import prodigy
 from prodigy.optimizer import MODES
+from prodigy.rivals import PolyakStep
 
 STEPS = 60
 SHAPES = [(7, 5), (3,), (), (2, 3, 4, 2), (1,), (2, 3, 4)]  # the 4-d one is channels_last
@@ -123,8 +126,55 @@ def wrapper(base, **base_kwargs):
         modes = {name: kwargs.pop(name) for name in MODES if name in kwargs}
         return prodigy.ScheduleFreeWrapper(base(params, **base_kwargs, **modes), **kwargs)
 
-    build.base = base
+    build.base, build.wrap = base, prodigy.ScheduleFreeWrapper
     return build
+
+
+def mechanic(base, **base_kwargs):
+    """The same for Mechanic, with an s_init from which it moves within a few steps."""
+
+    def tuned(params, **kwargs):
+        its = {n: kwargs.pop(n) for n in (*MODES, "lr", "weight_decay") if n in kwargs}
+        options = {"s_init": 1e-2, **kwargs}
+        return prodigy.Mechanic(base(params, **{**base_kwargs, **its}), **options)
+
+    tuned.base, tuned.wrap = base, prodigy.Mechanic
+    return tuned
+
+
+class WithLoss:
+    """A method that needs the loss, for tests that give gradients alone: it takes |g|^2/2."""
+
+    def step(self, closure=None):
+        return PolyakStep.step(self, closure or self.stand_in)
+
+    def stand_in(self):
+        rows = [(group, p) for group in self.param_groups for p in group["params"]]
+        rows = [(group, p.grad) for group, p in rows if p.grad is not None]
+        if not rows or any(g.is_sparse for _, g in rows):
+            return torch.zeros(())
+        wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for _, g in rows]
+        half = -0.5 if rows[0][0]["maximize"] else 0.5
+        return half * torch.cat(wide).nan_to_num(0.0, 0.0, 0.0).square().sum()
+
+
+class ScheduleFreePolyak(WithLoss, prodigy.ScheduleFreePolyak):
+    __doc__ = prodigy.ScheduleFreePolyak.__doc__
+
+
+class ScheduleFreePlus(WithLoss, prodigy.ScheduleFreePlus):
+    __doc__ = prodigy.ScheduleFreePlus.__doc__
+
+
+WITH_LOSS = {cls.__name__: cls for cls in (ScheduleFreePolyak, ScheduleFreePlus)}
+# Where a method starts so that it gets somewhere within the tests' few steps.
+STARTS = {"DoG": {"reps_rel": 0.1}, "LDoG": {"reps_rel": 0.1}, "DoWG": {"reps_rel": 0.1},
+          "DAdaptResetting": {"d0": 0.05}}
+
+
+def by_name(name):
+    """The class of this name that steps without a closure."""
+    return WITH_LOSS.get(name) or getattr(prodigy, name)
 
 
 def reference_wrapper(base, **base_kwargs):
@@ -228,6 +278,32 @@ def ours_and(reference, **shared):
         )
 
     return case
+
+
+def plus_case(label, **options):
+    """A case of ProdigyPlusScheduleFree; test_plus.py compares it with 2.0.1, in float32."""
+    how = {k: options.pop(k) for k in ("groups", "schedule", "holes") if k in options}
+    free = options.get("use_schedulefree", True)
+    name = "ProdigyPlusScheduleFree" + f"-{label}" * bool(label)
+    kwargs = dict(estimates_d=True, schedule_free=free, **how)
+    return Case(name, prodigy.ProdigyPlusScheduleFree, options, **kwargs)
+
+
+def rival(name, reference=None):
+    """A builder of cases of a class of rivals.py; the reference takes the same options."""
+
+    def case(label, **options):
+        how = {k: options.pop(k) for k in ("groups", "schedule", "holes") if k in options}
+        agree = dict(reference=reference, reference_kwargs=options) if reference else {}
+        how |= dict(estimates_d="DAdapt" in name, schedule_free="ScheduleFree" in name)
+        return Case(f"{name}-{label}", by_name(name), options, **agree, **how)
+
+    return case
+
+
+def mechanic_case(label, base, base_kwargs={}, **options):
+    how = {k: options.pop(k) for k in ("groups", "schedule", "holes") if k in options}
+    return Case(f"Mechanic-{label}", mechanic(base, **base_kwargs), options, **how)
 
 
 def wrapper_case(label, ours, theirs, base_kwargs, **options):
@@ -343,24 +419,74 @@ def _cases():
     dadam_base = (prodigy.DAdaptAdam, dadaptation.DAdaptAdam, dict(d0=1e-3, weight_decay=0.1))
     yield wrapper_case("DAdaptAdam", *dadam_base, schedule=warm_then_decay)
 
+    yield plus_case("plain")
+    yield plus_case("averaged", use_schedulefree=False, weight_decay=0.1, use_adopt=True, d0=1e-3)
+    yield plus_case("masked", use_schedulefree=False, use_cautious=True, d0=1e-3)
+    yield plus_case("speed", use_speed=True, use_bias_correction=True, d_coef=2.0, d0=1e-3)
+    yield plus_case("cautious", use_cautious=True, use_orthograd=True, schedulefree_c=8.0)
+    yield plus_case("grams", use_grams=True, weight_decay=0.01, weight_decay_by_lr=False, d0=1e-3)
+    yield plus_case("focus", use_focus=True, factored=False, betas=(0.8, 0.9), d0=1e-3)
+    yield plus_case("atan2", eps=None, use_stableadamw=False, d_limiter=False, d0=1e-3)
+    yield plus_case("steps", prodigy_steps=20, split_groups=False, groups=two, d0=1e-3)
+    yield plus_case("scheduled", split_groups_mean=True, groups=two, **warmed)
+
+    for name, cls in dict(DoG=dog.DoG, LDoG=dog.LDoG).items():
+        case = rival(name, cls)
+        yield case("plain")
+        yield case("decay", reps_rel=0.01, lr=0.5, weight_decay=0.1, eps=1e-4)
+        yield case("scheduled", schedule=halves, groups=({"reps_rel": 0.1}, {"weight_decay": 0.1}))
+        yield rival(name)("holes", reps_rel=0.01, holes=True)
+    cocob = rival("COCOB", parameterfree.COCOB)
+    yield cocob("plain")
+    yield cocob("decay", alpha=3.0, weight_decay=0.1, eps=1e-3, holes=True)
+    yield rival("COCOB")("scheduled", groups=({"alpha": 10.0}, {"lr": 0.5}), **uneven)
+    dowg = rival("DoWG")
+    yield dowg("plain")
+    yield dowg("decay", reps_rel=0.01, lr=0.5, weight_decay=0.1)
+    yield dowg("scheduled", groups=({"reps_rel": 0.1}, {"weight_decay": 0.1}), **uneven)
+    resetting = rival("DAdaptResetting")
+    yield resetting("plain", d0=0.05)
+    yield resetting("decay", d0=1e-2, weight_decay=0.1, lr=0.5)
+    yield resetting("scheduled", d0=1e-2, groups=two, **warmed)
+    yield resetting("split", d0=1e-2, split_groups=True, groups=two)
+    polyak = rival("ScheduleFreePolyak")
+    yield polyak("plain")
+    yield polyak("adam", adam=True, safeguard=1e-3, f_star=-0.1, weight_decay=0.1, warmup_steps=5)
+    yield polyak("scheduled", momentum=0.7, safeguard=0.1, groups=({"lr": 0.5}, {}), **uneven)
+    plus = rival("ScheduleFreePlus")
+    yield plus("plain")
+    yield plus("annealed", anneal_steps=9, c_warmup=4, warmup_steps=3, weight_decay=2.0, r=1.0)
+    yield plus("scheduled", store_x=True, anneal_steps=9, groups=({"lr": 0.5}, {}), **uneven)
+    yield mechanic_case("SGD", prodigy.SGD, dict(lr=1.0))
+    yield mechanic_case("torch.AdamW", torch.optim.AdamW, dict(lr=1.0), s_decay=0.0)
+    yield mechanic_case("scheduled", prodigy.AdamW, betas=(0.9, 0.99), schedule=halves, holes=True)
+
 
 CASES = list(_cases())
 
-# The thirteen classes at their defaults (the wrapper over a foreign base and over our own).
+# Every class at its defaults (the wrapper over a foreign base and over our own).
 METHODS = [
     Case(
         name,
-        getattr(prodigy, name),
+        by_name(name),
+        STARTS.get(name, {}),
         estimates_d="DAdapt" in name or name == "Prodigy",
         schedule_free="ScheduleFree" in name,
     )
     for name in prodigy.__all__
-    if name != "ScheduleFreeWrapper"
+    if name not in ("ScheduleFreeWrapper", "ProdigyPlusScheduleFree", "Mechanic")
 ]
 METHODS += [
+    plus_case(""),
+    plus_case("averaged", use_schedulefree=False),
     wrapper_case("torch.AdamW", torch.optim.AdamW, None, {}),
     wrapper_case("prodigy.Prodigy", prodigy.Prodigy, None, {}),
+    mechanic_case("prodigy.AdamW", prodigy.AdamW),
 ]
+
+# Methods with one size for all groups, whenever they were added.
+ONE_SIZE = [case for case in METHODS if case.cls in WITH_LOSS.values() or "Mechanic" in case.name]
+
 
 @dataclass(frozen=True)
 class Departure:
@@ -555,5 +681,110 @@ DEPARTURES = [
         "is no Optimizer: torch's schedulers refuse it; mode and beta are not saved",
         "an Optimizer; both are saved",
         "test_departure_wrapper_is_an_optimizer",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "factored: a tall matrix keeps one of its two factors",
+        "both; exact for rank one",
+        "test_departure_plus_factored_tall",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "use_cautious without Schedule-Free drops its mask and goes uphill",
+        "the average is masked",
+        "test_departure_plus_cautious_goes_uphill",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "use_orthograd scales up the rounding noise of a single entry",
+        "such a tensor stays",
+        "test_departure_plus_orthograd_one_entry",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "use_adopt without Schedule-Free: steps of d^2, d stays at d0",
+        "the average of clipped d g over its denominator",
+        "test_departure_plus_adopt_without_schedulefree",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "p0 in bfloat16 beside float32 weights: d grows before anything moved",
+        "p0 and s are as wide as the weights",
+        "test_departure_plus_starting_point",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "float64 weights are rounded to float32 in every step",
+        "float64 stays",
+        "test_departure_plus_float64",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "loading recasts p0, s and the factors",
+        "every tensor keeps its dtype",
+        "test_departure_plus_resume",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "prints at construction and while training",
+        "warnings for exclusions, else silent",
+        "test_departure_plus_prints",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "one NaN in a gradient stops d and spoils the weights",
+        "such entries count as missing",
+        "test_departure_plus_nonfinite",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "empty and late groups: IndexError, KeyError",
+        "they run",
+        "test_departure_plus_groups",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "a pickled optimizer cannot step",
+        "it goes on",
+        "test_departure_plus_copies",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "eval() takes today's beta: a changed beta corrupts x",
+        "the beta that y was built with",
+        "test_departure_plus_beta_change",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "groups that share d: their lr ratios do not reach s",
+        "any ratio, by a change of variables",
+        "test_departure_plus_lr_ratios",
+    ),
+    Departure(
+        "Mechanic",
+        "mechanic-pytorch",
+        "the decay takes the point after the base's step",
+        "x_t, as the box",
+        "test_departure_mechanic_decay_point",
+    ),
+    Departure(
+        "DoG, LDoG",
+        "dog-optimizer",
+        "a missing gradient is an error",
+        "left out of the norms",
+        "test_departure_dog_missing_gradient",
     ),
 ]

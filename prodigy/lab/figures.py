@@ -34,6 +34,9 @@ METHOD_COLOURS = {
     "Schedule-Free SGD": "#CC79A7", "Schedule-Free AdamW": "#009E73",
     "Schedule-Free RAdam": "#7FD1AE", "Schedule-Free wrapper": "#99AE4A",
     "Polyak": "#4370D8", "primal": "#3B673B", "linear decay": "#7F4E7A",
+    "DoG": "#8399FF", "L-DoG": "#5155FF", "DoWG": "#2A01C4", "COCOB": "#6E6062",
+    "Mechanic": "#462720", "D-Adapt Resetting": "#160D6F",
+    "Schedule-Free Polyak": "#B80AA3", "ScheduleFree+": "#C2D65C",
 }
 # How a published curve is drawn: ax.plot(x, y, **PUBLISHED). No method has a grey of its own.
 PUBLISHED = {"color": "#333333", "linestyle": "--", "linewidth": 1.2, "zorder": 5}

@@ -24,7 +24,8 @@ import torch
 __all__ = [
     "averages", "dadapt_dual_averaging", "dadapt_gd", "dadapt_adagrad", "dadapt_sgd",
     "dadapt_adam", "prodigy_gd", "prodigy_dual_averaging", "prodigy_adam", "polyak_averaging",
-    "primal_averaging", "schedule_free_sgd",
+    "primal_averaging", "schedule_free_sgd", "dadapt_resetting", "mechanic",
+    "schedule_free_polyak", "schedule_free_plus",
 ]
 
 
@@ -296,3 +297,106 @@ def schedule_free_sgd(grad, x0, *, lr, beta=0.9, weights=1.0):
         total = total + at(weights, t + 1)
         c = at(weights, t + 1) / total
         x = (1 - c) * x + c * z
+
+
+# ------------------------------------------------------------------ rivals
+@traced
+def dadapt_resetting(grad, x0, *, d0):
+    """D-Adaptation with Resetting: Algorithm 1, Option II, begun anew whenever dhat > 2 d.
+
+    In `trace.start[k]` the number of restarts before step k. Rebuilt from the description in
+    versions 1 to 3 of Prodigy's paper.
+    """
+    d = dhat = _double(d0)
+    for start in count():
+        x, s = x0, torch.zeros_like(x0)
+        squares = numerator = eta = _double(0.0)
+        while dhat <= 2 * d:
+            g = grad(x)
+            yield {"x": x, "g": g, "s": s, "d": d, "dhat": dhat, "start": start}
+            numerator = numerator + eta * d * (g @ s)
+            squares = squares + norm(g)**2
+            s = s + d * g
+            eta = ratio(_double(1.0), torch.sqrt(squares))
+            dhat = ratio(numerator, norm(s))
+            x = x0 - eta * s
+        d = dhat
+
+
+@traced
+def mechanic(grad, x0, *, update, betas=(0.9, 0.99), decay=0.01, s_init=1e-8, eps=1e-8):
+    """Algorithm 1 of Mechanic (arXiv 2306.00144): the scale S of the updates of a base method.
+
+    update(k, x, g) is the base's update u at step k.
+    """
+    beta = torch.tensor(betas, dtype=torch.float64)
+    x, delta = x0, torch.zeros_like(x0)
+    s = r = v = torch.zeros_like(beta)
+    m = torch.full_like(beta, 1e-6)
+    for k in count():
+        g = grad(x)
+        yield {"x": x, "g": g, "s": s, "delta": delta}
+        h = delta @ (g + decay * s.sum() * norm(g) * x / (norm(x) + eps))
+        m = torch.maximum(beta * m, abs(h))
+        v = beta**2 * v + h**2
+        r = torch.clamp(beta * r - s * h, min=0)
+        s = (s_init / len(beta) * m + r) / (torch.sqrt(v) + eps)
+        delta = delta + update(k, x, g)
+        x = x0 + s.sum() * delta
+
+
+@traced
+def schedule_free_polyak(grad, x0, *, loss, f_star=0.0, M=0.0, beta=0.9, adam=None):
+    """Schedule-Free with a Polyak step (arXiv 2511.07767): the oracle, or safeguarded for M > 0.
+
+    loss is the function from a point to f, f_star its minimum (or a lower bound); adam is
+    (beta2, eps) for the norm of D^-1, or None for the Euclidean one.
+    """
+    x = z = x0
+    v = torch.zeros_like(x0)
+    for t in count(1):
+        y = (1 - beta) * z + beta * x
+        g = grad(y)
+        direction = g
+        if adam:
+            beta2, eps = adam
+            v = beta2 * v + (1 - beta2) * g**2
+            direction = g / (torch.sqrt(v / (1 - beta2**t)) + eps)
+        gap = torch.clamp(_double(loss(y)) - f_star + beta * (g @ (z - x)), min=0)
+        lam = ratio(gap, torch.clamp(g @ direction, min=M))
+        yield {"x": x, "y": y, "z": z, "g": g, "lam": lam}
+        z = z - lam * direction
+        x = (1 - 1 / t) * x + z / t
+
+
+@traced
+def schedule_free_plus(grad, x0, *, loss, f_star=0.0, betas=(0.9, 0.95), momentum=(0.9, 0.965),
+                       anneal=0, beta_polyak=0.9, eps=1e-8, decay=0.0, c_warmup=0, r=0.0, power=2):
+    """ScheduleFree+ (arXiv 2605.19095); momentum goes from its first to its second value.
+
+    The step k = 0, 1, ... builds y with beta_k, and the Polyak step uses the beta of that y.
+    """
+    x = y = z = x0
+    m = v = torch.zeros_like(x0)
+    e = total = largest = _double(0.0)
+    beta1, beta2 = betas
+    for k in count():
+        g = grad(y)
+        e = beta_polyak * e + (1 - beta_polyak) * (torch.pi / 2)**0.5 * norm(g, 1)
+        gap = torch.clamp(_double(loss(y)) - f_star + g @ (z - y), min=0)
+        lam = ratio(gap, e / (1 - beta_polyak**(k + 1)))
+        yield {"x": x, "y": y, "z": z, "g": g, "lam": lam}
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        u = m / (1 - beta1**(k + 1)) / (torch.sqrt(v / (1 - beta2**(k + 1))) + eps)
+        z = z - lam**2 * decay * y - lam * u
+        largest = torch.maximum(largest, lam)
+        c = _double(1.0)
+        if k >= c_warmup:
+            weight = (k + 1)**r * largest**power
+            total = total + weight
+            c = weight / total
+        x = (1 - c) * x + c * z
+        p = min(k / anneal, 1) if anneal else 0
+        beta = 1 - (1 - momentum[0])**(1 - p) * (1 - momentum[1])**p
+        y = beta * x + (1 - beta) * z

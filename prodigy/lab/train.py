@@ -118,6 +118,8 @@ def sweep(
     batch=16,
     schedule=constant,
     device="cpu",
+    dtype=torch.float64,
+    batched=True,
     label=None,
 ):
     """Softmax regression with bias, or a tanh network, for every pair of learning rate and seed.
@@ -134,6 +136,9 @@ def sweep(
         epochs, batch: whole numbers; batch at most n.
         schedule: progress in [0, 1) -> factor on lr, taken at the start of each step.
         device: where to compute.
+        dtype: of weights, inputs and gradients; what is measured is computed in float64.
+        batched: False takes the runs one after the other, for what cannot run side by side (host
+            counts of steps, random numbers); capturable=True is then not needed.
         label: what the progress bar says.
 
     Returns:
@@ -154,6 +159,7 @@ def sweep(
 
     X, y = with_ones(data.X), torch.as_tensor(data.y, device=device)
     target = torch.nn.functional.one_hot(y, data.classes).to(X)
+    inputs, wanted = X.to(dtype), target.to(dtype)
     rows = slice(0, steps * batch)
     tested = data.X_test is not None
     if tested:
@@ -172,23 +178,24 @@ def sweep(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * factor
                 i = orders[epoch, step * batch : (step + 1) * batch]
-                for W, g in zip(weights, gradients(X[i], target[i], weights)):
+                for W, g in zip(weights, gradients(inputs[i], wanted[i], weights)):
                     W.grad = g
                 optimizer.step()
             with optimizer.averaged() if hasattr(optimizer, "averaged") else nullcontext():
-                scores = forward(X[rows], weights)[1]
+                measured = [W.double() for W in weights]
+                scores = forward(X[rows], measured)[1]
                 fit = torch.logsumexp(scores, 1) - (target[rows] * scores).sum(1)
                 nan = X.new_full((), float("nan"))
-                test = right(forward(X_test, weights)[1], y_test) if tested else nan
-            d = optimizer.param_groups[0].get("d", nan)
+                test = right(forward(X_test, measured)[1], y_test) if tested else nan
+            d = torch.as_tensor(optimizer.param_groups[0].get("d", nan)).double()
             trace.append(torch.stack([right(scores, y[rows]), fit.mean(), d, test]))
         return torch.stack(trace)
 
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     weights = []
-    for inputs, outputs in itertools.pairwise([p, *hidden, data.classes]):
-        W = [torch.rand(inputs + 1, outputs, generator=g, dtype=torch.float64) for g in generators]
-        weights.append(((2 * torch.stack(W) - 1) / inputs**0.5).to(device))
+    for fan_in, fan_out in itertools.pairwise([p, *hidden, data.classes]):
+        W = [torch.rand(fan_in + 1, fan_out, generator=g, dtype=torch.float64) for g in generators]
+        weights.append(((2 * torch.stack(W) - 1) / fan_in**0.5).to(device, dtype))
     orders = torch.stack(
         [torch.stack([torch.randperm(n, generator=g) for _ in range(epochs)]) for g in generators]
     ).to(device)
@@ -197,6 +204,10 @@ def sweep(
     largest = max(W.numel() for W in weights)
     with warnings.catch_warnings(), torch.no_grad(), one_thread(largest < 2**17):
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        trace = vmap(run)(rates, weights, orders)
+        if batched:
+            trace = vmap(run)(rates, weights, orders)
+        else:
+            alone = [run(lr, [W[i] for W in weights], orders[i]) for i, lr in enumerate(rates)]
+            trace = torch.stack(alone)
     trace = trace.reshape(len(lrs), len(seeds), epochs, 4).cpu().numpy()
     return Trace(lrs, *np.moveaxis(trace, -1, 0))
