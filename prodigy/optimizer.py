@@ -59,9 +59,19 @@ RANGES = {
     "weight_lr_power": "[0, inf)",
     "schedulefree_c": "[0, inf)",
     "log_every": "[0, inf)",
+    "reps_rel": "(0, inf)",
+    "f_star": "(-inf, inf)",
+    "safeguard": "[0, inf)",
+    "beta2": "[0, 1)",
+    "momentum_max": "[0, 1)",
+    "beta_polyak": "[0, 1)",
+    "anneal_steps": "[0, inf)",
+    "c_warmup": "[0, inf)",
+    "s_decay": "[0, inf)",
+    "s_init": "(0, inf)",
 }
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
-            "prodigy_steps"}
+            "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "total_training_steps", "foreach"}
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -69,7 +79,7 @@ FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "d
          "silent_sgd_phase", "store_x", "closure_form", "weight_decay_by_lr", "d_limiter",
          "split_groups_mean", "factored", "factored_fp32", "use_stableadamw", "use_schedulefree",
          "use_speed", "stochastic_rounding", "fused_back_pass", "use_cautious", "use_grams",
-         "use_adopt", "use_orthograd", "use_focus"}
+         "use_adopt", "use_orthograd", "use_focus", "adam"}
 
 
 def check(name, value, ranges={}, read=True):

@@ -70,7 +70,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         weight_decay_by_lr (bool): False: decay is not multiplied by :math:`\ell_k`.
         d0 (float): first estimate, at most D; in units of x; (0, inf).
         d_coef (float): factor on dhat; (0, inf).
-        d_limiter (bool): d grows by at most 2^(1/4) a step.
+        d_limiter (bool): d grows by at most 2^(1/4) a step; a d_coef of 2^(-1/4) = 0.84 or less
+            then keeps d at d0 (theory/34, Proposition 4): pass False with it.
         prodigy_steps (int): from this step on d stays, and p0 and s are freed; 0 = never.
         schedulefree_c (float): C of the refined average (2507.09846); 0 = off.
         eps (float or None): in units of g; (0, inf); None = Adam-atan2 (2407.05872).

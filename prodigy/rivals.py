@@ -13,27 +13,12 @@ from torch import Tensor
 
 from .classical import wide_zeros
 from .dadaptation import Estimator
-from .optimizer import FLAGS, INTEGERS, RANGES, Family, check, check_gradient, copied
+from .optimizer import Family, check, check_gradient, copied
 from .optimizer import known_zero, live, rate
 from .pieces import add_scaled_, ema_, finite, inner, join, larger, ratio, root, smaller, store_
 from .pieces import where, working_dtype
 from .schedulefree import ScheduleFree, check_base_state
 from .vec import Vec
-
-RANGES.update({
-    "reps_rel": "(0, inf)",
-    "f_star": "(-inf, inf)",
-    "safeguard": "[0, inf)",
-    "beta2": "[0, 1)",
-    "momentum_max": "[0, 1)",
-    "beta_polyak": "[0, 1)",
-    "anneal_steps": "[0, inf)",
-    "c_warmup": "[0, inf)",
-    "s_decay": "[0, inf)",
-    "s_init": "(0, inf)",
-})
-INTEGERS |= {"anneal_steps", "c_warmup"}
-FLAGS.add("adam")
 
 
 def absolute(t):
