@@ -175,5 +175,5 @@ def test_another_number_of_epochs_or_images_is_another_run(tmp_path):
     fewer = images.run(method, [0], images.first(DATA, 64), 1, path, **OPTIONS)
     assert len(pd.read_csv(path)) == len(short) + len(longer) + len(fewer)
     assert set(longer.epochs) == {2} and set(fewer.rows) == {64}
-    assert list(short.columns) == [*images.KEY, "step", "epoch", "test_loss", "test_accuracy", "d",
+    assert list(short.columns) == ["method", "seed", "epochs", "rows", *images.COLUMNS,
                                    "device", "torch"]

@@ -8,9 +8,7 @@ after every batch, or None is written in its place. A seed fixes the initial wei
 the images in every epoch and the dropout, so that all methods see the same of the first two.
 """
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,10 +17,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import Dataset, load
+from .runs import collect
 from .train import QUIET
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels on the scale 0 to 1, as in its example
-KEY = ["method", "seed", "epochs", "rows"]  # what a run is known by
+COLUMNS = ["step", "epoch", "test_loss", "test_accuracy", "d"]
 
 
 def convnet(channels=1, classes=10):
@@ -138,40 +137,22 @@ def train(method, data, seed, epochs, *, network=convnet, batch=64, device="cpu"
 
 
 def run(methods, seeds, data, epochs, path=None, *, device="cpu", **options):
-    """Every method with every seed, as one table; finished runs are kept in `path` and not redone.
+    """Every method with every seed, as one table (see `collect`).
 
     Args:
         methods: {name: (factory, scheduler or None)}.
         seeds: integers. data: Dataset of grey images with a test part. epochs: passes over it.
-        path: a CSV file that each run is added to when it has finished, or None. Runs that stand
-            there with the same method, seed, epochs and number of images are taken as they are.
+        path: a CSV file, for `collect`; a run is known by method, seed, epochs and number of rows.
         options: network, batch, as in `train`.
 
     Returns:
-        DataFrame with the columns of KEY, those of `train`, device and torch, in order of methods.
+        DataFrame with the columns method, seed, epochs, rows, those of `train`, device and torch.
     """
-    path = path and Path(path)
-    table = pd.read_csv(path) if path and path.is_file() else pd.DataFrame()
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    asked = [(method, seed, epochs, len(data.y)) for method in methods for seed in seeds]
-    for key in asked:
-        if len(table) and len(rows_of(table, key)):
-            continue
-        rows = train(methods[key[0]], data, key[1], epochs, device=device,
-                     label=f"{key[0]}, seed {key[1]}", **options)
-        columns = ["step", "epoch", "test_loss", "test_accuracy", "d"]
-        new = pd.DataFrame(rows, columns=columns).assign(device=name, torch=torch.__version__)
-        for place, (column, value) in enumerate(zip(KEY, key)):
-            new.insert(place, column, value)
-        table = pd.concat([table, new], ignore_index=True)
-        if path:
-            fresh = path.with_suffix(".part")
-            table.to_csv(fresh, index=False, float_format="%.12g", lineterminator="\n")
-            os.replace(fresh, path)
-    return pd.concat([rows_of(table, key) for key in asked], ignore_index=True)
+    def one(key):
+        method, label = methods[key["method"]], "{method}, seed {seed}".format(**key)
+        rows = train(method, data, key["seed"], epochs, device=device, label=label, **options)
+        return pd.DataFrame(rows, columns=COLUMNS)
 
-
-def rows_of(table, key):
-    """The rows of one run; key holds the values of KEY."""
-    return table[(table[KEY] == pd.Series(key, KEY)).all(axis=1)]
+    keys = [dict(method=method, seed=seed, epochs=epochs, rows=len(data.y))
+            for method in methods for seed in seeds]
+    return collect(one, keys, path, device)
