@@ -86,7 +86,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         use_speed (bool): SPEED in the place of dhat: d grows by 2^(1/4) at most whenever the
             running average of <g, x0 - z>/||x0 - z||_1, over (1 + ||x0 - z||)^2, sets a record.
         stochastic_rounding (bool): bfloat16 weights (and z) are rounded at random, E[p] = x, with
-            noise seeded by the step; False keeps 16 more bits instead (see pieces.residual).
+            noise seeded by the step, and x0 - z is summed up from the moves before rounding, so
+            that the noise does not reach d; False keeps 16 more bits (see pieces.residual).
         fused_back_pass (bool): accepted; ``step_param`` works without it.
         use_cautious (bool): C-Optim (2411.16085). use_grams (bool): Grams (2412.17107).
         use_adopt (bool): the denominator before this gradient: ADOPT (2411.02853).
@@ -107,7 +108,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     sums = ("d_numerator",)
     shared = ("d", "d_hat", "prev_d_numerator", "max_d_numerator", "shared_d")
     rounded = ("z",)
-    stored = (*ScheduleFree.stored, "z", "exp_avg_sq_row", "exp_avg_sq_col")
+    stored = (*ScheduleFree.stored, "z", "away", "exp_avg_sq_row", "exp_avg_sq_col")
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.99), beta3=None, weight_decay=0.0,
                  weight_decay_by_lr=True, d0=1e-6, d_coef=1.0, d_limiter=True, prodigy_steps=0,
@@ -221,23 +222,31 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             names["exp_avg"] = wide_zeros
         if not self._adapts(group, group["k"] + 1):
             return names
-        names["p0"] = lambda p: every(p, SLICE).clone()
+        at_random = functools.partial(self._rounds_at_random, group)
+        names["p0"] = lambda p: None if at_random(p) else every(p, SLICE).clone()
+        names["away"] = lambda p: wide_zeros(every(p, SLICE)) if at_random(p) else None
         if group["use_speed"]:
             return names | {name: functools.partial(scalar_like, value=value)
                             for name, value in SPEED.items()}
         return names | {"s": lambda p: wide_zeros(every(p, SLICE))}
 
     def _ready(self, group, p):
+        s = self.state[p]
+        if "p0" in s and self._rounds_at_random(group, p):  # a checkpoint of 2.0.1
+            x0 = s.pop("p0").to(working_dtype(p.dtype))
+            s["away"] = x0 - every(s.get("z", p), SLICE)
         s = super()._ready(group, p)
         if not self._adapts(group, group["k"] + 1):
-            s.pop("p0", None)
-            s.pop("s", None)
+            for name in ("p0", "away", "s"):
+                s.pop(name, None)
         return s
 
     def observe(self, x, g, s, h):
         if not h.adapts:
             return h.d * 0.0, h.d * 0.0
-        g, away = every(g, SLICE), s["p0"].to(x.dtype) - every(s.get("z", x), SLICE)
+        g, away = every(g, SLICE), s.get("away")
+        if away is None:
+            away = s["p0"].to(x.dtype) - every(s.get("z", x), SLICE)
         if h.use_speed:
             averages = [s[name] for name in SPEED]
             return progress_(*averages, g, away, h.speed, h.d_update).sum(), averages[2].sum()
@@ -246,6 +255,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     def advance(self, x, g, s, h):
         point = s.get("z", x)
+        start = every(point, SLICE).clone() if "away" in s else None
         before = self.denominator(s, point, h) if h.use_adopt else None
         if "rms_sq" in s:
             g = orthogonalised(g)
@@ -267,6 +277,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         else:
             x.mul_(1 - h.decay)
             add_scaled_(x, u, -h.lr)
+        if start is not None:
+            s["away"].add_(start - every(point, SLICE))
 
     def second_moment(self, s, gg, point, h):
         if "rms_sq" in s:

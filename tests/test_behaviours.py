@@ -6,6 +6,7 @@ hyperparameters, rates and clocks of their own for every parameter group.
 
 import contextlib
 import itertools
+from functools import partial
 
 import pytest
 import schedulefree
@@ -92,13 +93,13 @@ STARTS = {
 }
 
 
-def steps_until_d_starts(cls, dtype, noise, start, most=800):
+def steps_until_d_starts(make, dtype, noise, start, seed=0, most=800):
     """How many steps on |A(W - S)|^2/2, 64 x 64, with gradient noise, until d > 1e-3."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     a = torch.randn(64, 64, generator=generator) / 8
     solution = torch.randn(64, 64, generator=generator)
     p = torch.nn.Parameter(STARTS[start](generator).to(dtype))
-    optimizer = cls([p])
+    optimizer = make([p])
     for k in range(1, most + 1):
         g = a.T @ (a @ (p.detach().float() - solution))
         p.grad = (g + noise * torch.randn(64, 64, generator=generator)).to(dtype)
@@ -108,13 +109,20 @@ def steps_until_d_starts(cls, dtype, noise, start, most=800):
     return float("inf")
 
 
+PLUS = prodigy.ProdigyPlusScheduleFree
+STARTERS = {"Prodigy": prodigy.Prodigy, "DAdaptAdam": prodigy.DAdaptAdam, "plus": PLUS,
+              "plus, nearest": partial(PLUS, stochastic_rounding=False),
+              "plus, without Schedule-Free": partial(PLUS, use_schedulefree=False)}
+
+
+@pytest.mark.parametrize("name", STARTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("noise", [0, 3, 30])
-def test_d_starts_from_low_precision_weights_as_from_float32(noise, start, dtype):
-    for cls in (prodigy.Prodigy, prodigy.DAdaptAdam):
-        wide = steps_until_d_starts(cls, torch.float32, noise, start)
-        narrow = steps_until_d_starts(cls, dtype, noise, start)
+def test_d_starts_from_low_precision_weights_as_from_float32(noise, start, dtype, name):
+    for seed in range(3):
+        wide, narrow = (steps_until_d_starts(STARTERS[name], kind, noise, start, seed)
+                        for kind in (torch.float32, dtype))
         assert wide < 500
         assert wide / 2 <= narrow <= 2 * wide
 
