@@ -19,6 +19,7 @@ reproduce: $(READY)
 
 figures: $(READY)
 	@$(BIN)/python -m prodigy.lab.reproduce $(NB) --refresh
+	@$(BIN)/python -m prodigy.lab.scoreboard
 
 book: $(READY)
 	@$(BIN)/python -m prodigy.lab.book

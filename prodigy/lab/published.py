@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-__all__ = ["CURVES", "DADAPTATION_FIG2", "ROAD_FIG8", "Source", "Table", "curve"]
+__all__ = ["CURVES", "DADAPTATION_FIG2", "MNIST_LOGS", "NOT_RUN", "ROAD_FIG8", "Source", "Table",
+           "curve"]
 
 FOLDER = Path(__file__).resolve().parents[2] / "figures" / "published"
 
@@ -97,6 +98,36 @@ ROAD_FIG8 = Table(
         "Wine": ((100.0, None), (100.0, None), (100.0, None), (100.0, None)),
     },
 )
+
+# The MNIST example: our name of the method -> (its log in mnist_convnet, the log's last d or None)
+MNIST_LOGS = {
+    "Schedule-Free AdamW": ("AdamWScheduleFree lr 0.0025", None),
+    "Prodigy + Schedule-Free": ("prodigy-plus-schedule-free 2.0 default", 0.000862),
+    "Prodigy + Schedule-Free, use_speed": ("prodigy-plus-schedule-free 2.0 use_speed", 0.002582),
+    "Adadelta": ("Adadelta lr 1, StepLR gamma 0.7 (PyTorch example)", None),
+}
+
+_LARGE = "not run: days on many GPUs"
+_NONE = "no published number could be confirmed"
+# Figures and tables of the papers that no notebook runs: (arXiv number, which, what, why)
+NOT_RUN = [
+    ("2301.07733", "Fig. 3, Table 2", "CIFAR-10, CIFAR-100, ImageNet", _LARGE),
+    ("2301.07733", "Fig. 4, Table 2", "IWSLT14, RoBERTa, GPT on BookWiki", _LARGE),
+    ("2301.07733", "Fig. 5, Table 2", "ViT on ImageNet, COCO, fastMRI", _LARGE),
+    ("2301.07733", "Fig. 6, Table 2", "DLRM on Criteo", _LARGE),
+    ("2301.07733", "Table 1", "final learning rates of Figs. 3 to 6", _LARGE),
+    ("2306.06101", "Fig. 1", "CIFAR-10; its setting is notebook 43", _NONE),
+    ("2306.06101", "Fig. 2", "12 convex problems; the theorems are in 22", _NONE),
+    ("2306.06101", "Fig. 3", "nanoGPT on Shakespeare; its setting is notebook 44", _NONE),
+    ("2306.06101", "Figs. 4, 5", "large Adam runs, ViT", _NONE),
+    ("2405.15682", "Figs. 1, 10", "ImageNet and OpenWebText against many horizons", _LARGE),
+    ("2405.15682", "Fig. 2", "IWSLT14", _LARGE),
+    ("2405.15682", "Figs. 3, 4", "drawn in notebook 32: no number is printed", _NONE),
+    ("2405.15682", "Figs. 5, 11", "nine deep-learning problems; CIFAR-10 is in 43", _LARGE),
+    ("2405.15682", "Fig. 7", "AlgoPerf", _LARGE),
+    ("2405.15682", "Figs. 6, 9, 12", "gradient norms; rates on CIFAR, SVHN, ImageNet", _LARGE),
+    ("2507.09846", "Tables 1 to 4, 6", "124M parameters on SlimPajama", _LARGE),
+]
 
 
 def curve(name):

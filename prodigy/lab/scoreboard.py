@@ -1,0 +1,190 @@
+"""Every published number beside the one made here: figures/scoreboard.csv and the README's table.
+
+    python -m prodigy.lab.scoreboard        writes both, from the tables in figures/ alone
+
+A row is one published number, or one figure that was not run, with the reason. What is here comes
+from the CSV that the notebook left in `figures/`; from its full-scale run where there is one.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import published
+
+FIGURES = published.FOLDER.parent
+START, END = "<!-- scoreboard: start -->", "<!-- scoreboard: end -->"
+COLUMNS = ["paper", "item", "what", "published", "published_se", "here", "se", "in_se", "seeds",
+           "scale", "device", "notebook", "note"]
+BLANK = dict.fromkeys(["scale", "device", "notebook", "note"], "")  # what may be left out
+DADAPTATION, ROAD, MNIST = "2301.07733", "2405.15682", "MNIST example"
+NO_DATA = "not run: the data set is not at hand"
+WAITS = "not yet run at full scale: needs a GPU (notebooks/gpu.yml has the values)"
+
+
+def scoreboard(figures=FIGURES):
+    """The table, one row for each published number, with the columns of COLUMNS.
+
+    Args:
+        figures: the folder that holds the notebooks' tables.
+    """
+    rows = [row for part in (toy, theorem, convex, mnist, elsewhere)
+            for row in part(Path(figures))]
+    return pd.DataFrame(rows).reindex(columns=COLUMNS).fillna(BLANK)
+
+
+def read(figures, name):
+    """A table of a notebook, or None where it has not been made."""
+    path = figures / f"{name}.csv"
+    return pd.read_csv(path) if path.is_file() else None
+
+
+def row(paper, item, what, notebook="", **values):
+    return dict(paper=paper, item=item, what=what, notebook=notebook, **values)
+
+
+def toy(figures):
+    """D-Adaptation's Fig. 1: the plateau of d, and the largest distance between the curves."""
+    ours = read(figures, "21_d_adaptation_fig1")
+    paper = published.curve("dadaptation_fig1_abs")
+    exact = dict(scale="full", device="cpu", notebook="21_d_adaptation")
+    yield row(DADAPTATION, "Fig. 1", "d after 98 steps", published=paper.d_k.iloc[-1],
+              here=ours.d_k.iloc[-1], **exact)
+    largest = np.abs(ours[["d_k", "dhat_k"]] - paper[["d_k", "dhat_k"]]).max(axis=None)
+    yield row(DADAPTATION, "Fig. 1", "largest distance between the curves, 99 steps", published=0,
+              here=largest, **exact)
+
+
+def theorem(figures):
+    """Theorem 1 of The Road Less Scheduled, as a worst case computed exactly."""
+    table = read(figures, "35_worst_cases_horizon").set_index("T")
+    free = [name for name in table if name.startswith("Schedule-Free")]
+    T = table.index[-1]
+    yield row(ROAD, "Theorem 1", f"worst F(x_T) - F* at T = {T}, largest over beta",
+              published=table.loc[T, "D G / sqrt T"], here=table.loc[T, free].max(), scale="full",
+              device="cpu", notebook="35_worst_cases")
+
+
+def convex(figures):
+    """The convex problems: Fig. 2 and 7 of D-Adaptation, Fig. 8 of The Road Less Scheduled."""
+    tables = [read(figures, f"41_convex_{name}") for name in ("score", "full")]
+    ran = dict(seeds=10, scale="full", device="cpu", notebook="41_convex")
+    names = {name.lower(): name for name in published.ROAD_FIG8.values}
+    score = pd.concat([t for t in tables if t is not None], ignore_index=True)
+    for r in score.to_dict("records"):
+        off, there = r["in SE"], r["in SE there"]
+        close = f"agrees at rate {r['nearest lr']:g}" if abs(there) <= 2 else "open, see 41"
+        paper = DADAPTATION if r["figure"] == "Fig. 2" else ROAD
+        yield row(paper, r["figure"], f"{names[r['set']]}, {r['method']}", here=r["here"],
+                  published=r["published"], published_se=r["SE published"], se=r["SE"], in_se=off,
+                  note="" if abs(off) <= 2 else close, **ran)
+    guesses = read(figures, "41_convex_dadaptation_fig7")
+    for name, part in guesses.groupby("set", sort=False):
+        yield row(DADAPTATION, "Fig. 7", f"{names[name]}, largest move over d0", published=0,
+                  here=np.ptp(part["mean"]), note="published: flat lines", **ran)
+    for name in names:
+        if name not in set(score["set"]):
+            why = (NO_DATA if name != "sensorless" else
+                   "not run: only a subset is at hand, which cannot be compared")
+            for paper, item in ((DADAPTATION, "Fig. 2"), (ROAD, "Fig. 8")):
+                yield row(paper, item, names[name], notebook="41_convex", note=why)
+
+
+def mnist(figures):
+    """The 14-epoch MNIST example: test accuracy, test loss and d at the end of each log."""
+    logs = published.curve("mnist_convnet").set_index(["method", "epoch"])
+    full = read(figures, "42_mnist_full")
+    for method, (log, d) in published.MNIST_LOGS.items():
+        last = logs.loc[log].iloc[-1]
+        epochs = int(logs.loc[log].index[-1])
+        mine = full[(full.method == method) & (full.epochs == epochs)]
+        ran = dict(notebook="42_mnist", scale="full", note="one run there")
+        if len(mine):
+            ran |= dict(seeds=mine.seed.nunique(), device=mine.device.iloc[0])
+        else:
+            ran |= dict(note=WAITS)
+        ends = mine[mine.epoch == epochs]
+        wanted = {"test accuracy in %": (last.test_accuracy_pct, ends.test_accuracy),
+                  "test loss": (last.test_loss, ends.test_loss), "d": (d, ends.d)}
+        for what, (value, here) in wanted.items():
+            if value is not None:
+                yield row(MNIST, "printed log", f"{method}, {what}", published=value,
+                          **summary(here), **ran)
+
+
+def summary(values):
+    """{here, se} of one number from every seed."""
+    if len(values) == 0:
+        return {}
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return dict(here=values.mean(), se=error)
+
+
+def elsewhere(figures):
+    """Figures and tables that were not run, each with the reason."""
+    for paper, item, what, why in published.NOT_RUN:
+        yield row(paper, item, what, note=why)
+
+
+# the README's table --------------------------------------------------------------------------
+
+
+def markdown(table):
+    """The scoreboard as a Markdown table, as it stands in the README."""
+    lines = ["| paper | item | what | published | here (SE) | seeds | scale | device | notebook "
+             "| note |", "|---" * 10 + "|"]
+    for r in table.to_dict("records"):
+        where = (f"[{r['notebook'][:2]}](notebooks/{r['notebook']}.ipynb)" if r["notebook"]
+                 else "")
+        cells = [paper_link(r["paper"]), r["item"], r["what"],
+                 with_error(r["published"], r["published_se"]), with_error(r["here"], r["se"]),
+                 r["seeds"], r["scale"], r["device"], where, r["note"]]
+        lines.append("| " + " | ".join(text(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def paper_link(paper):
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if paper[0].isdigit() else paper
+
+
+def text(cell):
+    """A cell; an empty one where there is no value, a whole number where it is one."""
+    if isinstance(cell, float):
+        return "" if np.isnan(cell) else f"{cell:.6g}"
+    return str(cell)
+
+
+def with_error(value, error):
+    """"98.61 (0.11)": the value and, where there is one, its standard error."""
+    if np.isnan(value):
+        return ""
+    shown = f"{value:.4g}"
+    return shown if np.isnan(error) else f"{shown} ({error:.2g})"
+
+
+def insert(readme, table):
+    """The README's text with its table between the two markers replaced."""
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n\n{markdown(table)}\n\n{END}{after}"
+
+
+def main():
+    """Write figures/scoreboard.csv and the README's table."""
+    path, readme = FIGURES / "scoreboard.csv", FIGURES.parent / "README.md"
+    scoreboard().to_csv(path, index=False, float_format="%.12g", lineterminator="\n")
+    table = committed()
+    readme.write_text(insert(readme.read_text(), table))
+    print(f"{path.name}: {len(table)} rows")
+    return 0
+
+
+def committed(figures=FIGURES):
+    """The table as it stands in figures/scoreboard.csv."""
+    return pd.read_csv(figures / "scoreboard.csv").fillna(BLANK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
