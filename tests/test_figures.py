@@ -204,6 +204,12 @@ def test_published_tables():
         assert table.source.status.startswith("confirmed")
     assert published.DADAPTATION_FIG2.of("Iris", "D-Adapt Adam") == (98.6, 0.0)
     assert published.ROAD_FIG8.of("Iris", "Polyak") == (98.3, 0.08)
+    assert published.ROAD_CIFAR10.of("WRN-16-8", "primal") == (92.09, 0.07)
+    assert published.TUNING_FREE.of("ResNet-18", "Prodigy") == (91.50, None)
+    for table in (published.ROAD_CIFAR10, published.TUNING_FREE):
+        assert len(table.frame()) == len(table.values) * len(table.methods)
+        assert table.frame()["mean"].between(60, 97).all()
+        assert table.source.status.startswith("confirmed")
     assert "2301.07733" in str(published.DADAPTATION_FIG2.source)
     with pytest.raises(KeyError, match="no published number"):
         published.ROAD_FIG8.of("MNIST", "Polyak")

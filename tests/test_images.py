@@ -1,4 +1,8 @@
-"""Image runs: the example's network, the point of evaluation, and runs that survive a stop."""
+"""Image runs: the networks, augmentation, the point of evaluation, runs that survive a stop."""
+
+import os
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -7,11 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prodigy
 from prodigy.lab import images
+from prodigy.lab.data import load
+from prodigy.rivals import polynomial_average
 
 DATA = images.first(images.stand_in(), 100)  # 100 training and 100 test images
+COLOUR = images.first(images.stand_in(colour=True), 64)
+CIFAR = Path(os.environ.get("PRODIGY_DATA", "")) / "cifar-10-batches-py"
 
 
 def linear():
@@ -27,7 +37,14 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.02)
 
 
+def coloured():
+    conv = nn.Conv2d(3, 4, 5, 4)
+    norm = [nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 10)]
+    return nn.Sequential(images.Normalise(), conv, *norm)
+
+
 OPTIONS = dict(network=linear, batch=32)
+AUGMENTED = dict(network=coloured, batch=16, augment=images.crop_and_flip)
 
 
 def test_the_network_is_the_one_of_the_example():
@@ -55,6 +72,12 @@ def test_the_stand_in_has_mnists_format_and_another_name():
     assert data.X.dtype == np.uint8 and data.X.max() == 255
     assert (data.X[:, [0, 1, 26, 27]] == 0).all()
     assert (data.X[0, 2:5, 8:11] == data.X[0, 2, 8]).all()
+
+
+def test_in_colour_it_has_cifars_format():
+    data = images.stand_in(colour=True)
+    assert data.X.shape == (1500, 3, 32, 32) and data.X_test.shape == (297, 3, 32, 32)
+    assert data.X.dtype == np.uint8 and (data.X[0, 0] == 255 - data.X[0, 1]).all()
 
 
 def test_first_cuts_both_parts_and_zero_keeps_all():
@@ -177,3 +200,218 @@ def test_another_number_of_epochs_or_images_is_another_run(tmp_path):
     assert set(longer.epochs) == {2} and set(fewer.rows) == {64}
     assert list(short.columns) == ["method", "seed", "epochs", "rows", *images.COLUMNS,
                                    "device", "torch"]
+
+
+# ------------------------------------------------------------------ colour images
+FULL = {"vgg11": (9_231_114, 512, 1), "resnet18": (11_173_962, 512, 4),
+        "resnet50": (23_520_842, 2048, 4)}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_full_networks_have_their_size_and_take_two_steps(name):
+    weights, width, side = FULL[name]
+    net = images.NETWORKS[name]()
+    assert sum(p.numel() for p in net.parameters()) == weights
+    features = net[:-3].eval()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert features.shape == (2, width, side, side)
+    rows = images.train((prodigy.Prodigy, None), images.first(COLOUR, 4), 0, 1, batch=2,
+                        network=images.NETWORKS[name], augment=images.crop_and_flip)
+    assert [row[0] for row in rows] == [1, 2]
+    test_loss, train_loss = rows[-1][2], rows[-1][5]
+    assert 1 < train_loss < 10 and np.isfinite(test_loss)
+
+
+def test_the_small_network_has_its_size():
+    assert sum(p.numel() for p in images.small().parameters()) == 94_762
+
+
+@pytest.mark.parametrize("inside, stride, convolutions", [(6, 1, 2), (4, 1, 3), (6, 2, 3)])
+def test_a_residual_block_adds_its_input(inside, stride, convolutions):
+    block = images.Residual((inside, 5, 3, stride), (5, 6, 3, 1)).eval()
+    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(convs) == len(norms) == convolutions
+    for norm in norms:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, inside, 8, 8)
+    inner = F.relu(norms[0](convs[0](x)))
+    beside = norms[2](convs[2](x)) if convolutions == 3 else x
+    torch.testing.assert_close(block(x), F.relu(norms[1](convs[1](inner)) + beside))
+
+
+def test_normalise_takes_bytes():
+    x = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    wanted = [(0.2 - m) / s for m, s in zip(images.CIFAR_MEAN, images.CIFAR_STD)]
+    torch.testing.assert_close(images.Normalise()(x)[0, :, 0, 0], torch.tensor(wanted))
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="PRODIGY_DATA holds no CIFAR-10")
+def test_cifar_comes_out_with_mean_0_and_variance_1():
+    X = load("cifar10").X[::10] / np.float32(255)
+    assert X.mean((0, 2, 3)) == pytest.approx(images.CIFAR_MEAN, abs=2e-3)
+    assert X.std((0, 2, 3)) == pytest.approx(images.CIFAR_STD, abs=2e-3)
+
+
+def test_colour_images_stay_bytes_with_the_channels_last():
+    X, y = images.tensors(COLOUR.X, COLOUR.y, "cpu")
+    assert X.dtype == torch.uint8 and X.is_contiguous(memory_format=torch.channels_last)
+    assert (X.numpy() == COLOUR.X).all() and (y.numpy() == COLOUR.y).all()
+
+
+def test_crops_are_moved_by_up_to_four_reflected_and_mirrored():
+    X = torch.randint(256, (40, 3, 13, 12), dtype=torch.uint8)
+    before = torch.get_rng_state()
+    batch = images.crop_and_flip(X, torch.Generator().manual_seed(1))
+    i = torch.randperm(40, generator=torch.Generator().manual_seed(2)).repeat(20)
+    got = batch(i)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert got.dtype == torch.uint8 and got.is_contiguous(memory_format=torch.channels_last)
+    padded = F.pad(X[i].float(), (4, 4, 4, 4), mode="reflect").to(torch.uint8)
+    seen = []
+    for down in range(9):
+        for right in range(9):
+            crop = padded[:, :, down:down + 13, right:right + 12]
+            for mirrored, image in enumerate((crop, crop.flip(3))):
+                seen.append((got == image).all(3).all(2).all(1))
+    counts = torch.stack(seen)
+    assert (counts.sum(0) == 1).all()  # each is one of the 162, and only one
+    times = counts.reshape(9, 9, 2, -1).sum(3)
+    assert times.sum((1, 2)).min() > 50 and times.sum((0, 2)).min() > 50
+    assert abs(times.sum((0, 1))[0] - 400) < 60  # three standard deviations are 42
+    same = images.crop_and_flip(X, torch.Generator().manual_seed(1))
+    assert torch.equal(same(i), got) and not torch.equal(same(i), got)
+
+
+def by_hand(factory, epochs, average=None):
+    """(net, its averages, losses) after training as `images.train` says it does, seed 3."""
+    torch.manual_seed(3)
+    order, moved = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    net = coloured()
+    mean = average and AveragedModel(net, avg_fn=average)
+    X, y = images.tensors(COLOUR.X, COLOUR.y, "cpu")
+    optimizer, losses = factory(net.parameters()), []
+    augmented = images.crop_and_flip(X, moved)
+    for _ in range(epochs):
+        batches = torch.randperm(64, generator=order).split(16)
+        for i in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(augmented(i)), y[i])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if average:
+                mean.update_parameters(net)
+    if average:
+        update_bn((X[i] for i in batches), mean)
+    return net, mean, losses
+
+
+def test_an_augmented_run_is_the_ordinary_loop():
+    halved = sgd, lambda o, steps, epochs: StepLR(o, 2, 0.5)
+    rows = images.train(halved, COLOUR, 3, 1, **AUGMENTED)
+    sizes = [row[6] for row in rows]
+    assert sizes == [0.02, 0.02, 0.01, 0.01]  # of the step just made
+    rows = images.train((sgd, None), COLOUR, 3, 2, **AUGMENTED)
+    net, _, losses = by_hand(sgd, 2)
+    tested = images.tensors(COLOUR.X_test, COLOUR.y_test, "cpu")
+    assert rows[-1][2:4] == pytest.approx(images.evaluate(net, *tested), rel=1e-6)
+    assert rows[-1][5] == pytest.approx(np.mean(losses[4:]), rel=1e-6)
+    assert rows[3][5] == pytest.approx(np.mean(losses[:4]), rel=1e-6)
+    assert all(np.isnan(row[5]) for row in rows if row[1] not in (1, 2))
+
+
+@pytest.mark.parametrize("gamma, better", [(8.0, 0), (1e9, 1)])
+def test_the_average_is_measured_beside_the_last_iterate(gamma, better):
+    """gamma = 1e9 makes the average the last iterate, but for BatchNorm's statistics."""
+    average, method = polynomial_average(gamma), partial(prodigy.DoG, reps_rel=1e-2)
+    rows = images.train((method, None, average), COLOUR, 3, 3, **AUGMENTED)
+    net, mean, losses = by_hand(method, 3, average)
+    tested = images.tensors(COLOUR.X_test, COLOUR.y_test, "cpu")
+    last, averaged = images.evaluate(net, *tested), images.evaluate(mean.module, *tested)
+    assert rows[-1][5] == pytest.approx(np.mean(losses[-4:]), rel=1e-5)  # training is as without
+    assert rows[-1][7] == pytest.approx(averaged[1]) and last[1] != averaged[1]
+    assert rows[-1][2:4] == pytest.approx(max(last, averaged, key=lambda r: r[1]), rel=1e-4)
+    plain = images.train((method, None), COLOUR, 3, 3, **AUGMENTED)
+    assert plain[-1][5] == rows[-1][5] and np.isnan(plain[-1][7])
+    assert plain[-1][3] == pytest.approx(last[1])
+
+
+def test_the_step_size_of_every_kind_of_method():
+    net = coloured()
+    X, y = images.tensors(COLOUR.X, COLOUR.y, "cpu")
+    layered, whole = prodigy.LDoG(net.parameters(), lr=2.0), prodigy.DoG(net.parameters())
+    for optimizer in (layered, whole):
+        F.cross_entropy(net(X), y).backward()
+        optimizer.step()
+    sizes = sorted(float(s["rbar"] / s["G"].sqrt()) for s in layered.state.values())
+    assert len(sizes) == 6 and images.step_size(layered) == pytest.approx(2 * sizes[2])
+    assert images.step_size(whole) == whole.effective_lr()
+    assert images.step_size(sgd(net.parameters())) == 0.02
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is taken from a tensor, which on a GPU waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [
+    (prodigy.Prodigy, None), (prodigy.DAdaptAdam, None),
+    (prodigy.DoG, None, polynomial_average()), (prodigy.LDoG, None, polynomial_average()),
+    (prodigy.SGDScheduleFree, None),
+], ids=["Prodigy", "D-Adapt Adam", "DoG", "L-DoG", "Schedule-Free"])
+def test_nothing_is_read_from_the_device_between_rows(method, monkeypatch):
+    """On a CPU a method whose count of steps is a tensor of the host, as Adam's, reads that."""
+    monkeypatch.setattr(images, "marks", lambda steps, per_epoch: {per_epoch, 2 * per_epoch})
+    monkeypatch.setattr(images, "REFRESH", 1)
+    counts = []
+    for rows in (32, 64):  # two and four batches
+        with Reads() as reads:
+            images.train(method, images.first(COLOUR, rows), 0, 2, **AUGMENTED)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_whole_batches_go_through_the_compiled_network(monkeypatch):
+    plain = images.train((sgd, None), images.first(COLOUR, 40), 3, 2, **AUGMENTED)
+    sizes, compiled = [], torch.compile
+
+    def noted(net, **options):
+        run = compiled(net, backend="eager", **options)
+        return lambda x: sizes.append(len(x)) or run(x)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    rows = images.train((sgd, None), images.first(COLOUR, 40), 3, 2, compiled=True, **AUGMENTED)
+    np.testing.assert_allclose(rows, plain, rtol=1e-6)
+    assert sizes == [16] * 4  # of 16, 16 and 8, twice
+
+
+def test_autocast_computes_scores_in_bfloat16_and_steps_in_float32():
+    dtypes = []
+
+    def watched():
+        net = coloured()
+        net.register_forward_hook(lambda net, x, scores: dtypes.append(scores.dtype))
+        return net
+
+    options = AUGMENTED | dict(network=watched)
+    rows = images.train((prodigy.Prodigy, None), COLOUR, 3, 2, autocast=True, **options)
+    assert set(dtypes) == {torch.bfloat16}
+    plain = images.train((prodigy.Prodigy, None), COLOUR, 3, 2, **options)
+    assert set(dtypes) == {torch.bfloat16, torch.float32}
+    assert rows[-1][5] == pytest.approx(plain[-1][5], rel=0.05) and rows[-1][5] != plain[-1][5]
+
+
+def test_another_network_is_another_run_with_all_columns(tmp_path):
+    path, method = tmp_path / "runs.csv", {"DoG": (prodigy.DoG, None, polynomial_average())}
+    one = images.run(method, [0], COLOUR, 1, path, about={"model": "one"}, **AUGMENTED)
+    images.run(method, [0], COLOUR, 1, path, about={"model": "two"}, **AUGMENTED)
+    again = images.run(method, [0], COLOUR, 1, path, about={"model": "one"}, **AUGMENTED)
+    assert pd.read_csv(path).groupby("model").size().tolist() == [len(one)] * 2
+    pd.testing.assert_frame_equal(one, again, rtol=1e-11)
+    assert list(one.columns) == ["method", "seed", "epochs", "rows", "model", *images.COLUMNS,
+                                 *images.MORE, "device", "torch"]
