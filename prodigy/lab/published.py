@@ -145,7 +145,7 @@ NOT_RUN = [
     ("2405.15682", "Figs. 1, 10", "ImageNet and OpenWebText against many horizons", _LARGE),
     ("2405.15682", "Fig. 2", "IWSLT14", _LARGE),
     ("2405.15682", "Figs. 3, 4", "drawn in notebook 32: no number is printed", _NONE),
-    ("2405.15682", "Figs. 5, 11", "nine deep-learning problems; CIFAR-10 is in 43", _LARGE),
+    ("2405.15682", "Figs. 5, 11", "eight more deep-learning problems than CIFAR-10", _LARGE),
     ("2405.15682", "Fig. 7", "AlgoPerf", _LARGE),
     ("2405.15682", "Figs. 6, 9, 12", "gradient norms; rates on CIFAR, SVHN, ImageNet", _LARGE),
     ("2507.09846", "Tables 1 to 4, 6", "124M parameters on SlimPajama", _LARGE),

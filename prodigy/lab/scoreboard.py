@@ -21,7 +21,7 @@ COLUMNS = ["paper", "item", "what", "published", "published_se", "here", "se", "
 BLANK = dict.fromkeys(["scale", "device", "notebook", "note"], "")  # what may be left out
 DADAPTATION, ROAD, MNIST = "2301.07733", "2405.15682", "MNIST example"
 NO_DATA = "not run: the data set is not at hand"
-WAITS = "not yet run at full scale: needs a GPU (notebooks/gpu.yml has the values)"
+WAITS = "not yet run at full scale, for want of a GPU; gpu.yml has the values"
 
 
 def scoreboard(figures=FIGURES):
@@ -30,7 +30,7 @@ def scoreboard(figures=FIGURES):
     Args:
         figures: the folder that holds the notebooks' tables.
     """
-    rows = [row for part in (toy, theorem, convex, mnist, elsewhere)
+    rows = [row for part in (toy, theorem, convex, mnist, cifar, gpt, elsewhere)
             for row in part(Path(figures))]
     return pd.DataFrame(rows).reindex(columns=COLUMNS).fillna(BLANK)
 
@@ -105,13 +105,50 @@ def mnist(figures):
             ran |= dict(seeds=mine.seed.nunique(), device=mine.device.iloc[0])
         else:
             ran |= dict(note=WAITS)
-        ends = mine[mine.epoch == epochs]
-        wanted = {"test accuracy in %": (last.test_accuracy_pct, ends.test_accuracy),
-                  "test loss": (last.test_loss, ends.test_loss), "d": (d, ends.d)}
+        final = mine[mine.epoch == epochs]
+        wanted = {"test accuracy in %": (last.test_accuracy_pct, final.test_accuracy),
+                  "test loss": (last.test_loss, final.test_loss), "d": (d, final.d)}
         for what, (value, here) in wanted.items():
             if value is not None:
                 yield row(MNIST, "printed log", f"{method}, {what}", published=value,
                           **summary(here), **ran)
+
+
+def cifar(figures):
+    """CIFAR-10: 80 % for ResNet-18 with Prodigy, and the Schedule-Free panel; small runs so far."""
+    full = read(figures, "43_cifar10_full")
+    full = pd.DataFrame(columns=["model", "method", "epoch"]) if full is None else full
+    toy = full[(full.model == "resnet18") & (full.method == "Prodigy") & (full.epoch == 20)]
+    small = ends(read(figures, "43_cifar10_methods"))
+    yield full_or_small("prodigyopt", "README", "CIFAR-10, ResNet-18, Prodigy, 20 epochs, about", 80,
+                        toy, small[small.method == "Prodigy"], "43_cifar10", "test_accuracy")
+    road, small = published.ROAD_CIFAR10, ends(read(figures, "43_cifar10_schedule_free"))
+    for method in road.methods:
+        value, error = road.of("WRN-16-8", method)
+        mine = small[small.method.str.split(",").str[0] == method]
+        best = mine.groupby("method").test_accuracy.mean().idxmax()
+        yield full_or_small(ROAD, "Figs. 5, 11", f"CIFAR-10, WRN-16-8, {method}", value, full[:0],
+                            mine[mine.method == best], "43_cifar10", "test_accuracy",
+                            published_se=error)
+
+
+def gpt(figures):
+    """Table 5 of Through the River: by how much its best C lowers the vanilla average's loss."""
+    return []
+
+
+def ends(table):
+    """The rows after the last epoch of every run."""
+    return table[table.epoch == table.epochs]
+
+
+def full_or_small(paper, item, what, value, full, small, notebook, column, **more):
+    """A row with the full-scale run, or with the small one and a word on what is missing."""
+    made = full if len(full) else small
+    scale = "full" if len(full) else "shortened"
+    return row(paper, item, what, notebook, published=value, **summary(made[column]), scale=scale,
+               seeds=made.seed.nunique(), device=made.device.iloc[0],
+               note="" if len(full) else WAITS, **more)
 
 
 def summary(values):
