@@ -306,13 +306,7 @@ def test_many_sweeps_are_the_sweeps():
 
 def test_the_longest_sweep_is_started_first(monkeypatch):
     started = []
-
-    def noting(key, **arguments):
-        started.append(key)
-        return key, None
-
-    monkeypatch.setattr(train, "keyed", noting)
-    sizes = dict(short=dict(epochs=1), long=dict(epochs=9), middle=dict(epochs=3))
-    asked = {key: dict(data=IRIS, lrs=[1.0], seeds=[0], **more) for key, more in sizes.items()}
-    assert list(train.sweeps(asked, jobs=1)) == ["short", "long", "middle"]
-    assert started == ["long", "middle", "short"]
+    monkeypatch.setattr(train, "sweep", lambda epochs, **others: started.append(epochs))
+    asked = {key: dict(data=IRIS, lrs=[1.0], seeds=[0], epochs=key) for key in (1, 9, 3)}
+    assert list(train.sweeps(asked, jobs=1)) == [1, 9, 3]
+    assert started == [9, 3, 1]
