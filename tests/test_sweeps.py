@@ -106,9 +106,12 @@ def test_the_name_is_the_same_in_another_process():
             "    return lambda p, lr: (prodigy.Adam(p, lr=lr, betas=(beta, 0.9)), {1, 'a', None})\n"
             "arguments = dict(make=f(0.9), data=load('iris'), schedule=train.steps_at(0.5))\n"
             "print(fingerprint(train.sweep, arguments))\n")
-    names = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "12"}
-    assert len(names) == 1 and len(names.pop().strip()) == 32
+    names = set()
+    for seed in "12":
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                             env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        names.add(run.stdout.strip())
+    assert len(names) == 1 and len(names.pop()) == 32
 
 
 def test_an_edited_package_is_another(tmp_path, monkeypatch):

@@ -41,8 +41,8 @@ def grid(function, calls, jobs=-1, cache="", scheduler="", label="", quiet=False
     """{key: function(**arguments)} for every call, in the order of `calls`.
 
     What is found in the cache is not called again, so that an interrupted grid goes on where it
-    was. A call that raises is reported at the end and the others are kept. Where a worker dies, what
-    had not ended is called again, at first one by itself; one whose worker then dies is reported.
+    was. A call that raises is reported at the end and the others are kept. Where a worker dies,
+    what had not ended is called again, at first one by itself; if its worker dies too, it failed.
 
     Args:
         function: importable, or a closure; its results are pickled.

@@ -5,9 +5,9 @@
     trace.accuracy[lr, seed, epoch]
 
 The optimizers are the importable ones. One step of one run, a function of weights and state_dict,
-is traced once under ``torch.func.vmap`` into a graph of tensor operations that carries out all runs:
-each has its own weights, state, learning rate and d, and no run sees another. ``capturable=True``
-tells a method that its counts and its learning rate live on the device, here one number per run.
+is traced once under ``torch.func.vmap`` into a graph of tensor operations for all runs: each has
+its own weights, state, learning rate and d, and no run sees another. ``capturable=True`` tells a
+method that its counts and its learning rate live on the device, here one number per run.
 ``sweeps`` takes many sweeps, one for each data set and method, and shares them out over the cores.
 """
 
@@ -321,7 +321,8 @@ def sweep(
                 if k == 1:
                     step = captured(vmap(later, in_dims), compile, state, *now)
                 state = step(state, *now)
-            parts = [tree_map(lambda t: t[a : a + share], (state, lr)) for a in range(0, runs, share)]
+            pieces = [slice(a, a + share) for a in range(0, runs, share)]
+            parts = [tree_map(lambda t: t[piece], (state, lr)) for piece in pieces]
             if epoch == 0:
                 look = captured(vmap(seen), compile, *parts[0])
             trace.append(torch.cat([look(*part) for part in parts]))
