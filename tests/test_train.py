@@ -1,5 +1,6 @@
 """Batched runs: every run of a sweep is the run that ordinary code would have made alone."""
 
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -173,6 +174,68 @@ def test_one_after_the_other_gives_the_same_numbers():
         np.testing.assert_allclose(getattr(apart, name), getattr(together, name), rtol=1e-9)
 
 
+def test_compiled_runs_give_the_same_numbers():
+    asked = dict(lrs=[1.0, 0.5], seeds=range(3), epochs=3, schedule=DROPS)
+    graph, fast = (sweep(making("Prodigy"), SPLIT, **asked, compile=on) for on in (False, True))
+    for field in ("loss", "d", "accuracy", "test"):
+        np.testing.assert_allclose(getattr(fast, field), getattr(graph, field), rtol=1e-9)
+
+
+def test_without_a_compiler_the_graph_runs_and_says_so(monkeypatch):
+    def broken(graph, **options):
+        def run(*tensors):
+            raise RuntimeError("no compiler")
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="torch.compile failed.*no compiler"):
+        trace = sweep(making("Adam"), IRIS, [0.1], [0], epochs=1, compile=True)
+    expected = sweep(making("Adam"), IRIS, [0.1], [0], epochs=1)
+    np.testing.assert_array_equal(trace.loss, expected.loss)
+
+
+def test_runs_measured_in_shares_give_the_same_numbers(monkeypatch):
+    assert train.share_of(130, 10, most=700) == 65 and train.share_of(7, 10, most=60) == 1
+    assert train.share_of(7, 10, most=70) == 7
+    asked = dict(lrs=[0.1, 0.01], seeds=range(3), epochs=2)
+    whole = sweep(making("AdamWScheduleFree"), SPLIT, **asked)
+    monkeypatch.setattr(train, "share_of", lambda runs, numbers: 2)
+    shared = sweep(making("AdamWScheduleFree"), SPLIT, **asked)
+    for field in ("loss", "accuracy", "test"):
+        np.testing.assert_allclose(getattr(shared, field), getattr(whole, field), rtol=1e-12)
+
+
+def test_a_method_that_counts_on_the_host_is_refused_side_by_side():
+    class Counting(prodigy.SGD):
+        def scalars(self, group, t):
+            group["calls"] = group.get("calls", 0) + 1
+            return super().scalars(group, t)
+
+    def make(params, lr):
+        return Counting(params, lr=lr, capturable=True)
+
+    with pytest.raises(ValueError, match="Counting counts on the host: pass batched=False"):
+        sweep(make, IRIS, [0.1], [0], epochs=1)
+    assert np.isfinite(sweep(make, IRIS, [0.1], [0], epochs=1, batched=False).loss).all()
+
+
+def test_side_by_side_is_faster():
+    """Of 130 runs on Iris; one run alone is measured and multiplied, a loose bound on a ratio."""
+    asked = dict(data=IRIS, schedule=DROPS, label=None)
+
+    def seconds(epochs, **more):
+        start = time.perf_counter()
+        sweep(method("DAdaptAdam"), seeds=[0], lrs=[1.0], epochs=epochs, batched=False, **asked)
+        middle = time.perf_counter()
+        sweep(making("DAdaptAdam"), seeds=range(10), lrs=np.ones(13), epochs=epochs, **asked)
+        return 130 * (middle - start), time.perf_counter() - middle
+
+    seconds(1)
+    apart, together = seconds(20)
+    print(f"{apart / together:.1f} times faster")
+    assert apart / together > 4
+
+
 def test_dtype_is_that_of_weights_and_gradients():
     made = []
 
@@ -243,13 +306,7 @@ def test_many_sweeps_are_the_sweeps():
 
 def test_the_longest_sweep_is_started_first(monkeypatch):
     started = []
-
-    def noting(key, **arguments):
-        started.append(key)
-        return key, None
-
-    monkeypatch.setattr(train, "keyed", noting)
-    sizes = dict(short=dict(epochs=1), long=dict(epochs=9), middle=dict(epochs=3))
-    asked = {key: dict(data=IRIS, lrs=[1.0], seeds=[0], **more) for key, more in sizes.items()}
-    assert list(train.sweeps(asked, jobs=1)) == ["short", "long", "middle"]
-    assert started == ["long", "middle", "short"]
+    monkeypatch.setattr(train, "sweep", lambda epochs, **others: started.append(epochs))
+    asked = {key: dict(data=IRIS, lrs=[1.0], seeds=[0], epochs=key) for key in (1, 9, 3)}
+    assert list(train.sweeps(asked, jobs=1)) == [1, 9, 3]
+    assert started == [9, 3, 1]

@@ -4,10 +4,11 @@
                   lrs=[1.0], seeds=range(10))
     trace.accuracy[lr, seed, epoch]
 
-The optimizers are the importable ones, run once under ``torch.func.vmap``: each run has its own
-weights, state, learning rate and d, and no run sees another. ``capturable=True`` tells a method
-that its learning rate lives on the device, here one number per run. ``sweeps`` takes many sweeps,
-one for each data set and method, and shares them out over the cores.
+The optimizers are the importable ones. One step of one run, a function of weights and state_dict,
+is traced once under ``torch.func.vmap`` into a graph of tensor operations for all runs: each has
+its own weights, state, learning rate and d, and no run sees another. ``capturable=True`` tells a
+method that its counts and its learning rate live on the device, here one number per run.
+``sweeps`` takes many sweeps, one for each data set and method, and shares them out over the cores.
 """
 
 import itertools
@@ -17,12 +18,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-import joblib
 import numpy as np
 import torch
+from torch import Tensor
 from torch.func import vmap
-from tqdm.auto import tqdm, trange
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from tqdm.auto import trange
 
+from .grid import grid
 
 # tqdm's notebook bar does not look at the variable that its other bars obey
 QUIET = bool(int(os.environ.get("TQDM_DISABLE", "0")))
@@ -110,13 +115,59 @@ def gradients(X, target, weights):
 
 def backward(inputs, scores, target, weights):
     """The gradients, by back-propagation from what `forward` returned."""
-    slope = torch.softmax(scores, 1) - target
+    # torch.softmax takes three times as long on rows this short
+    slope = (scores - torch.logsumexp(scores, 1, keepdim=True)).exp() - target
     grads = []
     for k in reversed(range(len(weights))):
         grads.append(inputs[k].T @ slope / len(scores))
         if k:
             slope = (slope @ weights[k].T * (1 - inputs[k] ** 2))[:, :-1]
     return grads[::-1]
+
+
+class Batchable(TorchFunctionMode):
+    """Within it, what torch.func.vmap has no rule for is written with what it has one for."""
+
+    in_place = {torch.Tensor.lerp_: torch.lerp, torch.Tensor.addcmul_: torch.addcmul,
+                torch.Tensor.addcdiv_: torch.addcdiv}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.__deepcopy__:  # of a state_dict's groups, when it is loaded
+            return args[0].clone()
+        if function in self.in_place:
+            return args[0].copy_(self.in_place[function](*args, **kwargs))
+        return function(*args, **kwargs)
+
+
+def tensors_of(optimizer):
+    """The tensors of its state_dict, and all the rest of it."""
+    leaves, form = tree_flatten(optimizer.state_dict())
+    rest = [... if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], (form, rest)
+
+
+def put_back(optimizer, tensors, rest):
+    """Load what ``tensors_of`` took apart."""
+    (form, leaves), tensors = rest, iter(tensors)
+    optimizer.load_state_dict(
+        tree_unflatten([next(tensors) if leaf is ... else leaf for leaf in leaves], form))
+
+
+def captured(function, compile, *examples):
+    """A function of tensors as a graph of what it does to them, without the Python around it."""
+    with Batchable():
+        graph = make_fx(function)(*examples)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    if compile:
+        fast = torch.compile(graph, dynamic=False)
+        try:
+            fast(*examples)
+            return fast
+        except RuntimeError as error:
+            warnings.warn(f"torch.compile failed, so this sweep takes longer: {error}")
+    return graph
 
 
 def sweep(
@@ -132,6 +183,7 @@ def sweep(
     device="cpu",
     dtype=torch.float64,
     batched=True,
+    compile=None,
     average=None,
     label="",
 ):
@@ -143,8 +195,9 @@ def sweep(
     Every step is given a closure that returns the batch's loss, for methods that need it.
 
     Args:
-        make: (params, lr) -> optimizer; lr is a 0-d tensor, so pass capturable=True on. What make
-            does with it is its own matter: it may be another number that differs from run to run.
+        make: (params, lr) -> optimizer, called a few times; lr is a 0-d tensor, so pass
+            capturable=True on. What make does with it is its own matter: it may be another number
+            that differs from run to run.
         data: prodigy.lab.data.Dataset with X (n, p), y (n,) and, if it has them, X_test, y_test.
         lrs: learning rates. seeds: integers.
         hidden: widths of the hidden layers; none is softmax regression.
@@ -154,6 +207,8 @@ def sweep(
         dtype: of weights, inputs and gradients; what is measured is computed in float64.
         batched: False takes the runs one after the other, for what cannot run side by side (host
             counts of steps, random numbers); capturable=True is then not needed.
+        compile: whether the graph of a batched step goes through torch.compile, which costs
+            seconds once and saves most of every step; None does so from 20,000 steps on.
         average: avg_fn(mean, x, points before) of torch.optim.swa_utils.AveragedModel; where it
             is given, this average of the points after each step is measured.
         label: what the progress bar says; None shows no bar.
@@ -162,7 +217,7 @@ def sweep(
         Trace
 
     Raises:
-        ValueError: if batch exceeds the number of rows.
+        ValueError: if batch exceeds the number of rows, or a batched method counts on the host.
     """
     n, p = data.X.shape
     steps = n // batch
@@ -185,33 +240,93 @@ def sweep(
     def right(scores, y):
         return 100 * (scores.argmax(1) == y).double().mean()
 
-    def run(lr, weights, orders):
+    def begin(weights, lr):
+        optimizer = make(weights, lr)
+        return optimizer, [group["lr"] for group in optimizer.param_groups]
+
+    def advance(optimizer, peaks, weights, mean, i, factor, before):
+        """One step of one run on the rows i; the point to measure."""
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * factor
+        layers, scores = forward(inputs[i], weights)
+        for W, g in zip(weights, backward(layers, scores, wanted[i], weights)):
+            W.grad = g
+        optimizer.step(partial(cross_entropy, scores, wanted[i]))
+        return [average(m, W, before) for m, W in zip(mean, weights)] if average else weights
+
+    def measure(optimizer, mean):
+        """(accuracy, loss, d, test accuracy) of one run."""
+        with optimizer.averaged() if hasattr(optimizer, "averaged") else nullcontext():
+            measured = [W.double() for W in mean]
+            scores = forward(X[rows], measured)[1]
+            fit = cross_entropy(scores, target[rows])
+            nan = X.new_full((), float("nan"))
+            test = right(forward(X_test, measured)[1], y_test) if tested else nan
+        d = torch.as_tensor(optimizer.param_groups[0].get("d", nan)).double()
+        return torch.stack([right(scores, y[rows]), fit, d, test])
+
+    def alone(lr, weights, orders):
+        """One run, (epochs, 4)."""
         weights = [W.clone() for W in weights]
-        optimizer, mean = make(weights, lr), weights
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        trace = []
+        (optimizer, peaks), mean, trace = begin(weights, lr), weights, []
         for epoch in trange(epochs, desc=label, leave=False, disable=quiet):
-            for step in range(steps):
-                factor = schedule((epoch * steps + step) / (epochs * steps))
-                for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * factor
-                i = orders[epoch, step * batch : (step + 1) * batch]
-                layers, scores = forward(inputs[i], weights)
-                for W, g in zip(weights, backward(layers, scores, wanted[i], weights)):
-                    W.grad = g
-                optimizer.step(partial(cross_entropy, scores, wanted[i]))
-                if average:
-                    before = epoch * steps + step
-                    mean = [average(m, W, before) for m, W in zip(mean, weights)]
-            with optimizer.averaged() if hasattr(optimizer, "averaged") else nullcontext():
-                measured = [W.double() for W in mean]
-                scores = forward(X[rows], measured)[1]
-                fit = cross_entropy(scores, target[rows])
-                nan = X.new_full((), float("nan"))
-                test = right(forward(X_test, measured)[1], y_test) if tested else nan
-            d = torch.as_tensor(optimizer.param_groups[0].get("d", nan)).double()
-            trace.append(torch.stack([right(scores, y[rows]), fit, d, test]))
+            for k in range(epoch * steps, (epoch + 1) * steps):
+                i = orders[epoch, k % steps * batch :][:batch]
+                mean = advance(optimizer, peaks, weights, mean, i, factors[k], k)
+            trace.append(measure(optimizer, mean))
         return torch.stack(trace)
+
+    known = []  # of the runs' state_dict what is no tensor
+
+    def first(weights, lr, i, factor, before):
+        weights = [W.clone() for W in weights]
+        optimizer, peaks = begin(weights, lr)
+        mean = advance(optimizer, peaks, weights, weights, i, factor, before)
+        tensors, rest = tensors_of(optimizer)
+        known.append(rest)
+        return weights, mean, tensors
+
+    def resumed(state, lr):
+        weights, mean, tensors = state
+        weights = [W.clone() for W in weights]
+        optimizer, peaks = begin(weights, lr)
+        put_back(optimizer, tensors, known[0])
+        return optimizer, peaks, weights, mean if average else weights
+
+    def later(state, lr, i, factor, before):
+        optimizer, peaks, weights, mean = resumed(state, lr)
+        mean = advance(optimizer, peaks, weights, mean, i, factor, before)
+        tensors, rest = tensors_of(optimizer)
+        if rest != known[0]:
+            raise ValueError(f"{type(optimizer).__name__} counts on the host: pass batched=False")
+        return weights, mean, tensors
+
+    def seen(state, lr):
+        optimizer, _, _, mean = resumed(state, lr)
+        return measure(optimizer, mean)
+
+    def together(lr, weights, orders):
+        """All runs, (runs, epochs, 4)."""
+        runs, turns = len(lr), len(lr) // len(orders)
+        share = share_of(runs, max(len(X), len(y_test) if tested else 0) * data.classes)
+        in_dims, trace = (0, 0, 0, None, None), []
+        for epoch in trange(epochs, desc=label, leave=False, disable=quiet):
+            for k in range(epoch * steps, (epoch + 1) * steps):
+                i = orders[:, epoch, k % steps * batch :][:, :batch].repeat(turns, 1)
+                now = lr, i, X.new_full((), factors[k]), torch.tensor(k, device=device)
+                if k == 0:
+                    with Batchable():
+                        state = vmap(first, in_dims)(weights, *now)
+                    continue
+                if k == 1:
+                    step = captured(vmap(later, in_dims), compile, state, *now)
+                state = step(state, *now)
+            pieces = [slice(a, a + share) for a in range(0, runs, share)]
+            parts = [tree_map(lambda t: t[piece], (state, lr)) for piece in pieces]
+            if epoch == 0:
+                look = captured(vmap(seen), compile, *parts[0])
+            trace.append(torch.cat([look(*part) for part in parts]))
+        return torch.stack(trace, 1)
 
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     weights = []
@@ -222,44 +337,43 @@ def sweep(
         [torch.stack([torch.randperm(n, generator=g) for _ in range(epochs)]) for g in generators]
     ).to(device)
     rates = torch.as_tensor(np.repeat(lrs, len(seeds)), device=device)
-    weights, orders = [W.repeat(len(lrs), 1, 1) for W in weights], orders.repeat(len(lrs), 1, 1)
-    largest = max(W.numel() for W in weights)
-    with warnings.catch_warnings(), torch.no_grad(), one_thread(largest < 2**17):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    weights = [W.repeat(len(lrs), 1, 1) for W in weights]
+    factors = [schedule(k / (epochs * steps)) for k in range(epochs * steps)]
+    if compile is None:
+        compile = epochs * steps >= 20_000
+    with torch.no_grad(), one_thread(max(W.numel() for W in weights) < 2**17):
         if batched:
-            trace = vmap(run)(rates, weights, orders)
+            trace = together(rates, weights, orders)
         else:
-            alone = [run(lr, [W[i] for W in weights], orders[i]) for i, lr in enumerate(rates)]
-            trace = torch.stack(alone)
+            starts = [[W[j] for W in weights] for j in range(len(rates))]
+            runs = zip(rates, starts, itertools.cycle(orders))
+            trace = torch.stack([alone(*run) for run in runs])
     trace = trace.reshape(len(lrs), len(seeds), epochs, 4).cpu().numpy()
     return Trace(lrs, *np.moveaxis(trace, -1, 0))
 
 
-def sweeps(runs, jobs=-1, label=""):
-    """Many sweeps side by side, each of them one task for joblib: {key: Trace}.
+def share_of(runs, numbers, most=2**22):
+    """The largest equal share of the runs that holds at most `most` numbers, or one run."""
+    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n * numbers <= most or n == 1))
+
+
+def sweeps(runs, jobs=-1, label="", cache="", scheduler=""):
+    """Many sweeps side by side: {key: Trace}.
 
         sweeps({"iris": dict(make=make, data=load("iris"), lrs=[1.0], seeds=range(10))})
 
-    The longest are started first. Tasks run in processes on this machine unless
-    ``joblib.parallel_config`` names another backend.
+    The longest are started first. ``prodigy.lab.grid`` says where they run, what is kept of them
+    and what happens to those that fail.
 
     Args:
         runs: {key: arguments of `sweep`}.
-        jobs: how many at a time; -1 is one for each core (or worker of the backend).
-        label: what the progress bar says.
+        jobs, label, cache, scheduler: as in `grid`.
     """
-    tasks = sorted(runs.items(), key=lambda item: -size(**item[1]))
-    parallel = joblib.Parallel(jobs, return_as="generator_unordered", max_nbytes=None)
-    ended = parallel(joblib.delayed(keyed)(key, **arguments) for key, arguments in tasks)
-    traces = dict(tqdm(ended, total=len(runs), desc=label, leave=False, disable=QUIET))
+    tasks = dict(sorted(runs.items(), key=lambda item: -size(**item[1])))
+    traces = grid(partial(sweep, label=None), tasks, jobs, cache, scheduler, label, QUIET)
     return {key: traces[key] for key in runs}
 
 
 def size(data, lrs, seeds, epochs=100, **others):
     """Numbers read in a sweep: what its time grows with."""
     return data.X.size * len(lrs) * len(seeds) * epochs
-
-
-def keyed(key, **arguments):
-    """One task of `sweeps`, without a bar of its own."""
-    return key, sweep(**arguments, label=None)
