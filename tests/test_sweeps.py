@@ -64,7 +64,8 @@ def test_functions_with_the_same_code_are_the_same():
     ("f = lambda x: x", "f = lambda y: -y"),
     ("def g(): return 1\ndef f(x): return g()", "def g(): return 2\ndef f(x): return g()"),
     ("a = [1]\ndef f(x): return a", "a = [2]\ndef f(x): return a"),
-    ("def f(x): return lambda: h(1)\ndef h(x): return x", "def f(x): return lambda: h(1)\nh = abs"),
+    ("def f(x): return lambda: h(1)\ndef h(x): return x",
+     "def f(x): return lambda: h(1)\nh = abs"),
     ("class f:\n a = 1", "class f:\n a = 2"),
     ("class g:\n def s(self): return 1\nf = g()", "class g:\n def s(self): return 2\nf = g()"),
     ("class g:\n def s(self): return 1\nf = g().s", "class g:\n def s(self): return 2\nf = g().s"),
@@ -103,7 +104,7 @@ def test_the_name_is_the_same_in_another_process():
     code = ("from prodigy.lab import train\nfrom prodigy.lab.data import load\n"
             "from prodigy.lab.grid import fingerprint\nimport prodigy\n"
             "def f(beta):\n"
-            "    return lambda p, lr: (prodigy.Adam(p, lr=lr, betas=(beta, 0.9)), {1, 'a', None})\n"
+            "    return lambda p, lr: (prodigy.Adam(p, lr, betas=(beta, 0.9)), {1, 'a', None})\n"
             "arguments = dict(make=f(0.9), data=load('iris'), schedule=train.steps_at(0.5))\n"
             "print(fingerprint(train.sweep, arguments))\n")
     names = set()

@@ -132,7 +132,7 @@ def engine(scheduler):
 
 
 def fingerprint(function, arguments):
-    """A hash of a call: of the function, its arguments, the package and the versions it runs on."""
+    """A hash of a call: of the function, its arguments, the package and the versions."""
     versions = (torch.__version__, np.__version__, sys.version_info[:2])
     return joblib.hash((described(function), described(arguments), sources(PACKAGE), versions))
 
