@@ -13,7 +13,7 @@ import torch
 
 from .classical import wide_zeros
 from .optimizer import Family, given, live, rate
-from .pieces import add_scaled_, ema_, inner, larger, ratio, root
+from .pieces import add_scaled_, ema_, inner, larger, one_norm, ratio, root
 
 
 class Estimator(Family):
@@ -253,13 +253,13 @@ class DAdaptAdaGrad(Estimator):
 
     def observe(self, x, g, s, h):
         a, s = s["alphak"], s["sk"]
-        before = inner(s, s / a.sqrt().add_(h.eps)), s.norm(1)
+        before = inner(s, s / a.sqrt().add_(h.eps)), one_norm(s)
         gg = g.square()
         denominator = a.add_(gg).sqrt().add_(h.eps)
         s = add_scaled_(s, g, h.step)
         change = inner(s, s / denominator) - before[0]
         squares = gg.div_(denominator).sum()
-        return change * h.inverse_rho, squares * h.square, s.norm(1) - before[1]
+        return change * h.inverse_rho, squares * h.square, one_norm(s) - before[1]
 
     def advance(self, x, g, s, h):
         a, x0, s = s["alphak"], s["x0"].to(x.dtype), s["sk"]
@@ -332,7 +332,7 @@ class DAdaptAdam(Estimator):
         v, s = s["exp_avg_sq"], s["s"]
         numerator = inner(g, s / v.sqrt().add_(h.eps)) * h.weight
         s = ema_(s, g * h.common, h.beta3)
-        return numerator, s.norm(1) * h.rho * (1 - h.beta3)
+        return numerator, one_norm(s) * h.rho * (1 - h.beta3)
 
     def advance(self, x, g, s, h):
         m = ema_(s["exp_avg"], g * h.step, h.beta1)

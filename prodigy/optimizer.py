@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, atleast_1d
 
 from .pieces import add_scaled_, finite, join, residual, store_, where, working_dtype
-from .vec import Vec
+from .vec import Vec, cut, in_turn, stack
 
 log = logging.getLogger("prodigy")
 
@@ -141,6 +141,7 @@ class Family(torch.optim.Optimizer):
     own_clock = False  # True: t counts each parameter's own steps (torch.optim), else the group's
     decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
+    by_entry = True  # bodies treat all entries alike, apart from sums: a tensor may come in parts
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
     rounded = ()  # names of buffers that may be kept in the parameter's own low precision
     stored = ("p0", "x0")  # names of buffers that keep the dtype they were saved in
@@ -430,10 +431,12 @@ class Family(torch.optim.Optimizer):
             params, grads = map(atleast_1d, b.params), map(atleast_1d, grads)
             states = [{key: atleast_1d(s[key]) for key in keys} for s in states]
             return self._compiled(run)(list(params), list(grads), states, h)
+        rows = list(zip(b.params, grads, states))
+        if self.by_entry:
+            rows = [part for row in rows for part in cut(*row, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
-            states = [{key: Vec(s[key] for s in states) for key in keys}]
-            return run([Vec(b.params)], [Vec(grads)], states, h)
-        return run(b.params, grads, states, h)
+            rows = [stack(some) for some in in_turn(rows)]
+        return run(*zip(*rows), h)
 
     def _compiled(self, run):
         name = f"_compiled{run.__name__}"

@@ -63,7 +63,14 @@ def rectify(beta2, t):
 
 def inner(a, b):
     """<a, b> over all entries, a 0-d tensor."""
-    return (a * b).sum()
+    if isinstance(a, Vec) or a.dim() != 1 or torch.compiler.is_compiling():
+        return (a * b).sum()
+    return a.dot(b)
+
+
+def one_norm(a):
+    """The sum of |entries|, a 0-d tensor."""
+    return a.norm(1) if isinstance(a, Vec) else a.abs().sum()
 
 
 def ema_(m, value, beta):
@@ -93,8 +100,10 @@ def finite(g):
     """A copy of g with its non-finite entries set to zero, and how many there were (0-d int64)."""
     if isinstance(g, Vec):
         return g.finite()
-    clean = g.nan_to_num(0.0, 0.0, 0.0)
-    return clean, (clean != g).sum()
+    if torch.compiler.is_compiling():  # one comparison in the one loop
+        good = g.abs() < math.inf
+        return torch.where(good, g, 0.0), (~good).sum(dtype=torch.int32)
+    return g.nan_to_num(0.0, 0.0, 0.0), (g - g).ne_(0.0).sum().long()  # no bools: they are slow
 
 
 # low precision ---------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from .classical import wide_zeros
 from .dadaptation import Estimator
 from .optimizer import Family, given, rate
 from .pieces import add_scaled_, atan2, by_tensor, cautious, ema_, every, factor_, factored_axes
-from .pieces import focus, grams, inner, mean, orthogonal, orthogonalised, ratio, rectify, rms_clip
-from .pieces import smaller, unfactor, where, working_dtype
+from .pieces import focus, grams, inner, mean, one_norm, orthogonal, orthogonalised, ratio
+from .pieces import rectify, rms_clip, smaller, unfactor, where, working_dtype
 from .prodigy import beta3
 from .schedulefree import ScheduleFree
 
@@ -108,6 +108,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     sums = ("d_numerator",)
     shared = ("d", "d_hat", "prev_d_numerator", "max_d_numerator", "shared_d")
     rounded = ("z",)
+    by_entry = False  # clips and factors are taken tensor by tensor
     stored = (*ScheduleFree.stored, "z", "away", "exp_avg_sq_row", "exp_avg_sq_col")
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.99), beta3=None, weight_decay=0.0,
@@ -251,7 +252,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             averages = [s[name] for name in SPEED]
             return progress_(*averages, g, away, h.speed, h.d_update).sum(), averages[2].sum()
         s = add_scaled_(s["s"].mul_(h.beta3), g, h.d_update * h.rho)
-        return inner(g, away) * h.d_update, s.norm(1)
+        return inner(g, away) * h.d_update, one_norm(s)
 
     def advance(self, x, g, s, h):
         point = s.get("z", x)

@@ -13,7 +13,7 @@ import torch
 from .classical import wide_zeros
 from .dadaptation import Estimator, bias_correction
 from .optimizer import given, rate
-from .pieces import add_scaled_, ema_, every, inner, larger, ratio
+from .pieces import add_scaled_, ema_, every, inner, larger, one_norm, ratio
 
 
 class Prodigy(Estimator):
@@ -108,7 +108,7 @@ class Prodigy(Estimator):
         x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p)
         r = inner(gp, x0 - every(x, h.slice_p)) * h.r_weight
         s = add_scaled_(s["s"].mul_(h.beta3), gp, h.s_weight)
-        return r, s.norm(1)
+        return r, one_norm(s)
 
     def advance(self, x, g, s, h):
         dg = g.mul_(h.d)

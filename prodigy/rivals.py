@@ -14,8 +14,8 @@ from torch import Tensor
 from .classical import wide_zeros
 from .dadaptation import Estimator
 from .optimizer import Family, check, given, known_zero, live, rate
-from .pieces import add_scaled_, ema_, inner, join, larger, length, put_, ratio, root, smaller
-from .pieces import where, working_dtype
+from .pieces import add_scaled_, ema_, inner, join, larger, length, one_norm, put_, ratio, root
+from .pieces import smaller, where, working_dtype
 from .schedulefree import ScheduleFree
 from .wrapper import Wrapper
 
@@ -137,6 +137,7 @@ class LDoG(Family):
     """
 
     ranges = DoG.ranges
+    by_entry = False
 
     def __init__(self, params, reps_rel=1e-6, lr=1.0, weight_decay=0.0, eps=1e-8, **modes):
         super().__init__(**given(locals()))
@@ -537,7 +538,7 @@ class ScheduleFreePlus(PolyakStep):
             self._keep(group, "y_beta", torch.zeros_like(group["y_beta"]) + new)
 
     def square(self, g, s, h):
-        return g.norm(1)
+        return one_norm(g)
 
     def denominator(self, groups, square):
         """The running mean of sqrt(pi/2) |g|_1, one for all groups."""

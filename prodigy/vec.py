@@ -9,6 +9,8 @@ Numbers that live on the device (0-d tensors) must never be read back by the hos
 import torch
 from torch import Tensor
 
+CHUNK = 2**18  # entries of a large tensor that the loop takes at once: 1 MB each, near the cache
+
 _add_tensor = torch.ops.aten._foreach_add.Tensor  # leaves the scalar on the device
 
 
@@ -34,8 +36,9 @@ class Vec:
     def finite(self):
         """Non-finite entries set to zero, and how many there were: one flat copy, then views."""
         flat = torch.cat([t.flatten() for t in self.parts])
-        bad = flat.isfinite().logical_not_().sum()
-        pieces = flat.nan_to_num_(0.0, 0.0, 0.0).split([t.numel() for t in self.parts])
+        clean = flat.nan_to_num(0.0, 0.0, 0.0)
+        bad = flat.ne_(clean).sum().long()
+        pieces = clean.split([t.numel() for t in self.parts])
         return Vec(c.view(t.shape) for c, t in zip(pieces, self.parts)), bad
 
     # out of place -----------------------------------------------------------------------------
@@ -126,11 +129,48 @@ class Vec:
         return torch.stack(torch._foreach_norm(self.parts, order)).norm(order)
 
     def sum(self):
-        """Signed sum: foreach has only norms, so positive and negative entries apart."""
-        positive = Vec(torch._foreach_clamp_min(self.parts, 0.0))
-        negative = Vec(torch._foreach_clamp_max(self.parts, 0.0))
-        return positive.norm(1) - negative.norm(1)
+        """Signed sum: foreach has only norms, so all entries in a row."""
+        return torch.cat([t.flatten() for t in self.parts]).sum()
 
 
 def _bare(other):
     return other.parts if isinstance(other, Vec) else other
+
+
+# rows (p, g, {name: buffer}) of a parameter group -------------------------------------------------
+
+
+def cut(p, g, s, stride=1):
+    """Views of a large tensor and its buffers in parts, one row each, or the row as it is.
+
+    Temporaries are then no larger than a part, and still in the cache when they are read. Buffers
+    have p's entries or every stride-th; a part begins at one of those.
+    """
+    tensors, n = [p, g, *s.values()], p.numel()
+    few = -(-n // stride)
+    if n <= CHUNK or not all(t.is_contiguous() and t.numel() in (n, few) for t in tensors):
+        return [(p, g, s)]
+    size = max(CHUNK // stride, 1)
+    parts = [t.view(-1).split(size * stride if t.numel() == n else size) for t in tensors]
+    return [(p, g, dict(zip(s, rest))) for p, g, *rest in zip(*parts)]
+
+
+def in_turn(rows):
+    """Lists of rows, each with a quarter of all entries or a little more: what foreach takes at
+    once, so that its temporaries together stay below the size of the parameters."""
+    limit = max(sum(p.numel() for p, _, _ in rows) / 4, 4 * CHUNK)
+    some, size = [], 0
+    for row in rows:
+        some.append(row)
+        size += row[0].numel()
+        if size >= limit:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def stack(rows):
+    """One row of ``Vec``s."""
+    params, grads, states = zip(*rows)
+    return Vec(params), Vec(grads), {key: Vec(s[key] for s in states) for key in states[0]}
