@@ -14,6 +14,7 @@ import torch
 from .classical import wide_zeros
 from .optimizer import Family, given, live, rate
 from .pieces import add_scaled_, ema_, inner, larger, ratio, root
+from .shards import part_of
 
 
 class Estimator(Family):
@@ -45,8 +46,9 @@ class Estimator(Family):
         return shared
 
     def validate(self, group):
-        if group.get("fsdp_in_use"):
-            raise ValueError("fsdp_in_use=True is not supported: sums are taken on one process")
+        if group.get("fsdp_in_use") and not any(map(part_of, group["params"])):
+            raise ValueError("fsdp_in_use=True is not supported beside plain tensors (FSDP1): use "
+                             "fully_shard, whose sums run over all ranks with or without it")
         if any(group["split_groups"] != other["split_groups"] for other in self.param_groups):
             raise ValueError("split_groups must be the same for all parameter groups")
         if not group["split_groups"] and group["d0"] != self.param_groups[0]["d0"]:

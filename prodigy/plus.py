@@ -14,10 +14,11 @@ from .classical import wide_zeros
 from .dadaptation import Estimator
 from .optimizer import Family, given, rate
 from .pieces import add_scaled_, atan2, by_tensor, cautious, ema_, every, factor_, factored_axes
-from .pieces import focus, grams, inner, mean, orthogonal, orthogonalised, ratio, rectify, rms_clip
-from .pieces import smaller, unfactor, where, working_dtype
+from .pieces import focus, grams, inner, length, mean, orthogonal, orthogonalised, ratio, rectify
+from .pieces import rms_clip, smaller, unfactor, where, working_dtype
 from .prodigy import beta3
 from .schedulefree import ScheduleFree
+from .shards import local, part_of, total, wrap
 
 SLICE = 11  # d is estimated from every 11th entry
 GROWTH = 2**0.25  # largest factor on d in a step, with d_limiter and SPEED
@@ -105,6 +106,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     ranges = {"eps": "(0, inf) or None"}
     sums = ("d_numerator",)
+    sampled, stride = ("s", "p0"), SLICE
     shared = ("d", "d_hat", "prev_d_numerator", "max_d_numerator", "shared_d")
     rounded = ("z",)
     stored = (*ScheduleFree.stored, "z", "exp_avg_sq_row", "exp_avg_sq_col")
@@ -205,9 +207,10 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             def make(p):
                 if second(p) is None:
                     return None
-                shape = [1 if i == second(p)[axis] else n for i, n in enumerate(p.shape)]
-                return p.new_zeros(shape) if not group["factored_fp32"] else wide_zeros(
-                    p.new_empty(shape))
+                flat, mine = second(p)[axis], local(p)
+                shape = [1 if i == flat else n for i, n in enumerate(mine.shape)]
+                dtype = working_dtype(p.dtype) if group["factored_fp32"] else p.dtype
+                return wrap(mine.new_zeros(shape, dtype=dtype), part_of(p), flat)
             return make
 
         names = {"rms_sq": lambda p: scalar_like(p, 0.0) if muon(p) else None,
@@ -237,10 +240,12 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     def observe(self, x, g, s, h):
         if not h.adapts:
             return h.d * 0.0, h.d * 0.0
-        g, away = every(g, SLICE), s["p0"].to(x.dtype) - every(s.get("z", x), SLICE)
+        g, z = every(g, SLICE, h.part), every(s.get("z", x), SLICE, h.part)
+        away = s["p0"].to(x.dtype) - z
         if h.use_speed:
             averages = [s[name] for name in SPEED]
-            return progress_(*averages, g, away, h.speed, h.d_update).sum(), averages[2].sum()
+            speed = progress_(*averages, g, away, h.speed, h.d_update, h.part)
+            return once(speed, h.part).sum(), once(averages[2], h.part).sum()
         s = add_scaled_(s["s"].mul_(h.beta3), g, h.d_update * h.rho)
         return inner(g, away) * h.d_update, s.norm(1)
 
@@ -248,7 +253,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         point = s.get("z", x)
         before = self.denominator(s, point, h) if h.use_adopt else None
         if "rms_sq" in s:
-            g = orthogonalised(g)
+            g = orthogonalised(g, h.part)
         dg = g * h.d
         self.second_moment(s, dg.square(), point, h)
         if h.first:
@@ -259,9 +264,9 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         else:
             u = self.averaged_update(g, dg, b, point, s, h)
         if h.use_orthograd and "rms_sq" not in s:
-            u = orthogonal(u, point)
+            u = orthogonal(u, point, h.part)
         if h.use_stableadamw:
-            u = rms_clip(u)
+            u = rms_clip(u, h.part)
         if "z" in s:
             self.follow(x, u, s, h)
         else:
@@ -270,11 +275,11 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     def second_moment(self, s, gg, point, h):
         if "rms_sq" in s:
-            ema_(s["rms_sq"], mean(gg), h.beta2)
+            ema_(s["rms_sq"], mean(gg, h.part), h.beta2)
         elif h.use_focus:
             ema_(s["exp_avg_sq"], point * h.d**2, h.beta2)
         elif "exp_avg_sq_row" in s:
-            factor_(s["exp_avg_sq_row"], s["exp_avg_sq_col"], gg, h.beta2)
+            factor_(s["exp_avg_sq_row"], s["exp_avg_sq_col"], gg, h.beta2, h.part)
         else:
             ema_(s["exp_avg_sq"], gg, h.beta2)
 
@@ -283,7 +288,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if "rms_sq" in s:
             return s["rms_sq"].sqrt()
         if "exp_avg_sq_row" in s:
-            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like).sqrt()
+            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like, h.part).sqrt()
         return s["exp_avg_sq"].clone() if h.use_focus else s["exp_avg_sq"].sqrt()
 
     def divide(self, a, b, point, h):
@@ -296,7 +301,10 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if h.use_adopt:
             g = dg = clamp(self.divide(dg, b, point, h), h.clamp)
         m = ema_(s["exp_avg"], dg, h.beta1)
-        u = cautious(m, g) if h.use_cautious else grams(m, g) if h.use_grams else m.clone()
+        if h.use_cautious:
+            u = cautious(m, g, h.part)
+        else:
+            u = grams(m, g) if h.use_grams else m.clone()
         return u if h.use_adopt else self.divide(u, b, point, h)
 
     def follow(self, y, u, s, h):
@@ -307,7 +315,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             add_scaled_(u, y, h.weight_decay)
         if h.use_cautious or h.use_grams:
             move = add_scaled_((y - z) * h.c, u, h.pull)
-            y.sub_(cautious(move, u) if h.use_cautious else grams(move, u))
+            y.sub_(cautious(move, u, h.part) if h.use_cautious else grams(move, u))
         else:
             y.lerp_(z, h.c)
             add_scaled_(y, u, -h.pull)
@@ -396,18 +404,24 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
 def scalar_like(p, value):
     """A 0-d tensor beside p, in its working dtype."""
-    return p.new_full((), value, dtype=working_dtype(p.dtype))
+    return local(p).new_full((), value, dtype=working_dtype(p.dtype))
 
 
 @by_tensor
-def progress_(average, l1, l2, g, away, beta, weight):
+def progress_(average, l1, l2, g, away, beta, weight, part=None):
     """SPEED's numerator: running <g, x0 - z> over ||x0 - z||_1, damped by (1 + ||x0 - z||)^2."""
-    dot = (g * away).sum()
+    dot = total((g * away).sum(), part)
     before = torch.where(average.isnan(), dot, average)
     average.copy_(before * beta + dot * (1 - beta))
-    l1.copy_(torch.maximum(l1, away.norm(1)))
-    l2.copy_(torch.maximum(l2, away.norm(2)))
+    l1.copy_(torch.maximum(l1, total(away.norm(1), part)))
+    l2.copy_(torch.maximum(l2, length(away, part)))
     return average / l1 * weight / (l2 + 1).square()
+
+
+@by_tensor
+def once(a, part):
+    """a on the first of a tensor's pieces, else 0: a sum over ranks counts it once."""
+    return a if part is None or part.first else a * 0.0
 
 
 @by_tensor

@@ -62,6 +62,7 @@ class Prodigy(Estimator):
 
     ranges = {"eps": "(0, inf)"}
     sums = ("d_numerator",)
+    sampled = ("s", "p0")
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.999), beta3=None, eps=1e-8, weight_decay=0,
                  decouple=True, use_bias_correction=False, safeguard_warmup=False, d0=1e-6,
@@ -105,8 +106,8 @@ class Prodigy(Estimator):
         return torch.where(peak < 0, 1.0, 0.5 * (1 + torch.cos(math.pi * done)))
 
     def observe(self, x, g, s, h):
-        x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p)
-        r = inner(gp, x0 - every(x, h.slice_p)) * h.r_weight
+        x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p, h.part)
+        r = inner(gp, x0 - every(x, h.slice_p, h.part)) * h.r_weight
         s = add_scaled_(s["s"].mul_(h.beta3), gp, h.s_weight)
         return r, s.norm(1)
 
