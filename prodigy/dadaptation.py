@@ -144,7 +144,8 @@ class DAdaptSGD(Estimator):
         log_every (int): log d at INFO every so many steps; 0 = never.
         d0 (float): first estimate, at most D; in units of x; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1}; [1, inf].
-        fsdp_in_use (bool): refused when True.
+        fsdp_in_use (bool): not needed, sums run over all shards of a DTensor (FSDP2) by
+            themselves; refused where no parameter is one (FSDP1).
         split_groups (bool): one d for each parameter group.
         **modes: see :class:`prodigy.optimizer.Family`.
     """
@@ -304,7 +305,8 @@ class DAdaptAdam(Estimator):
         use_bias_correction (bool): Adam's bias correction, as a factor on lr.
         d0 (float): first estimate, at most D_inf; in units of x; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1}; [1, inf].
-        fsdp_in_use (bool): refused when True.
+        fsdp_in_use (bool): not needed, sums run over all shards of a DTensor (FSDP2) by
+            themselves; refused where no parameter is one (FSDP1).
         split_groups (bool): one d for each parameter group.
         **modes: see :class:`prodigy.optimizer.Family`.
     """

@@ -132,8 +132,15 @@ class Family(torch.optim.Optimizer):
     compile (bool): run the pass under ``torch.compile``.
     differentiable, fused: accepted for torch.optim's sake, refused with a ValueError when set.
 
+    Parameters may be DTensors (FSDP2, tensor parallelism), plain tensors, or both. A rank steps
+    its own shards; the sums over tensors run over all of them, in one all_reduce a step and mesh,
+    so that d is that of one process and the same on every rank bit for bit. So ``step`` must be
+    called on every rank. A gradient that a rank alone lacks is zero there. State tensors are
+    DTensors laid out like their parameter, for torch.distributed.checkpoint.
+
     Raises:
-        TypeError, ValueError: at construction, naming the argument and its range.
+        TypeError, ValueError: at construction, naming the argument and its range; for the flat
+            parameters of FSDP1.
         RuntimeError: from ``step``, before anything is written, for sparse or complex gradients
             and for gradients whose shape, dtype or device is not the parameter's.
     """

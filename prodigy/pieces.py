@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .shards import count, local, part_of, total
+from .shards import local, part_of, total
 from .vec import Vec
 
 # scalars ----------------------------------------------------------------------------------------
@@ -196,7 +196,8 @@ def rms_clip(u, part=None):
     StableAdamW and Adafactor (Shazeer and Stern 2018, 1804.04235, Sec. 6) divide by the root mean
     square itself; the root of it is the softer form of prodigy-plus-schedule-free.
     """
-    rms = length(u, part) / count(u, part) ** 0.5
+    n = math.prod(part.shape) if part else u.numel()
+    rms = length(u, part) / n**0.5
     return u / rms.clamp_min(1.0).sqrt()
 
 
@@ -246,7 +247,7 @@ def orthogonalised(g, part=None, steps=6):
     <g, result>, at most 1 (adaptive Muon), so that it falls with g near a minimum. A sharded
     matrix is gathered, and every rank keeps its part of the result.
     """
-    if part is not None:
+    if part:
         return part.cut(orthogonalised(part.wrap(g).full_tensor(), None, steps))
     a, b, c = 3.4445, -4.7750, 2.0315
     G = g.reshape(len(g), -1)
@@ -263,7 +264,7 @@ def orthogonalised(g, part=None, steps=6):
 @by_tensor
 def mean(t, part=None):
     """The mean over the entries of a tensor."""
-    return t.mean() if part is None else total(t.sum(), part) / count(t, part)
+    return total(t.sum(), part) / math.prod(part.shape) if part else t.mean()
 
 
 def length(t, part=None):
@@ -304,9 +305,9 @@ def factor_(row, col, gg, beta, part=None):
 
 
 def mean_along(t, axis, part):
-    if part is None:
-        return t.mean(axis, keepdim=True)
-    return total(t.sum(axis, keepdim=True), part, axis) / part.shape[axis]
+    if part:
+        return total(t.sum(axis, keepdim=True), part, axis) / part.shape[axis]
+    return t.mean(axis, keepdim=True)
 
 
 @by_tensor

@@ -18,7 +18,7 @@ from .pieces import focus, grams, inner, length, mean, orthogonal, orthogonalise
 from .pieces import rms_clip, smaller, unfactor, where, working_dtype
 from .prodigy import beta3
 from .schedulefree import ScheduleFree
-from .shards import local, part_of, total, wrap
+from .shards import local, part_of, total
 
 SLICE = 11  # d is estimated from every 11th entry
 GROWTH = 2**0.25  # largest factor on d in a step, with d_limiter and SPEED
@@ -54,7 +54,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         \hat d_{k+1} = r_{k+1} / \|s_{k+1}\|_1, \quad
         d_{k+1} = \max(d_k, \texttt{d\_coef} \min(\hat d_{k+1}, 2^{1/4} d_k)).
 
-    r and s run over every 11th entry. Negative terms of r count only after d has left d0.
+    r and s run over every 11th entry of the whole tensor, sharded or not. Negative terms of r
+    count only after d has left d0.
     Departures from 2.0.1: p0 and s are float32 beside float32 weights (there bfloat16); the
     factored second moment of tall matrices is the whole product (there the row factor cancels);
     ``use_cautious`` without Schedule-Free masks the average (there the step goes uphill);
@@ -95,7 +96,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             has no eps.
         use_muon_pp (bool): of 1.8.51: the gradient of tensors of two or more dimensions is
             orthogonalised (Muon), in the dtype of the step (there bfloat16), over one running root
-            mean square instead of Adam's denominator; orthograd leaves these tensors alone.
+            mean square instead of Adam's denominator; orthograd leaves these tensors alone. A
+            sharded tensor is gathered for it on every rank, in every step.
         beta4 (float or None): of 1.3: d <- beta4 d + (1 - beta4) d_{k+1}; None = sqrt(beta1);
             0 = off; [0, 1).
         closure_form (bool): as in SGDScheduleFree.
@@ -210,7 +212,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
                 flat, mine = second(p)[axis], local(p)
                 shape = [1 if i == flat else n for i, n in enumerate(mine.shape)]
                 dtype = working_dtype(p.dtype) if group["factored_fp32"] else p.dtype
-                return wrap(mine.new_zeros(shape, dtype=dtype), part_of(p), flat)
+                zeros, part = mine.new_zeros(shape, dtype=dtype), part_of(p)
+                return part.wrap(zeros, flat) if part else zeros
             return make
 
         names = {"rms_sq": lambda p: scalar_like(p, 0.0) if muon(p) else None,

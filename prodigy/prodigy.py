@@ -49,8 +49,10 @@ class Prodigy(Estimator):
         d0 (float): first estimate, at most D; in units of x; (0, inf).
         d_coef (float): factor on dhat; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1} once d has left d0; [1, inf].
-        fsdp_in_use (bool): refused when True.
-        slice_p (int): take r and s over every slice_p-th entry; [1, inf).
+        fsdp_in_use (bool): as in :class:`prodigy.DAdaptSGD`.
+        slice_p (int): take r and s over every slice_p-th entry, counted in the whole tensor, so
+            that sharding does not change d; [1, inf). A state dict of sharded parameters has s
+            and p0 in full shape, 0 in between: two words an entry while it is kept.
         cosine_decay (bool): when d has stopped growing, let the step fall to 0 along a cosine. The
             peak is reached after ``peak_patience`` consecutive steps without growth, counted after
             d first exceeded d0.

@@ -17,7 +17,7 @@ from .optimizer import Family, check, given, known_zero, live, rate
 from .pieces import add_scaled_, ema_, inner, join, larger, length, put_, ratio, root, smaller
 from .pieces import where, working_dtype
 from .schedulefree import ScheduleFree
-from .shards import averaged, everywhere, local, part_of
+from .shards import average, everywhere, local, part_of
 from .wrapper import Wrapper
 
 
@@ -144,7 +144,8 @@ class LDoG(Family):
 
     def buffers(self, group):
         def first(p):
-            return group["reps_rel"] * (1 + length(local(p).to(working_dtype(p.dtype)), part_of(p)))
+            x = local(p).to(working_dtype(p.dtype))
+            return group["reps_rel"] * (1 + length(x, part_of(p)))
 
         return {"x0": torch.clone, "rbar": first,
                 "G": lambda p: local(p).new_full((), group["eps"], dtype=working_dtype(p.dtype))}
@@ -330,7 +331,9 @@ class PolyakStep(ScheduleFree):
     """Schedule-Free whose size is f's linear model at z over the gradient's squared size.
 
     All groups share the step, gamma_g = lr_g size; their rates enter the size's denominator, so
-    that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``.
+    that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``. On several
+    processes f is the mean of their losses: it is taken here over the mesh of DTensors (FSDP2),
+    while under DDP the closure must return it.
     """
 
     estimates = ("size", "weight_sum", "lr_max", "scheduled_lr")
@@ -364,7 +367,7 @@ class PolyakStep(ScheduleFree):
         top = functools.reduce(larger, [rate(g) for g in groups])
         home = groups[0]["size"]
         params = [p for group in self.param_groups for p in group["params"]]
-        loss = averaged(local(self._loss).to(home, copy=True), params)
+        loss = average(local(self._loss).to(home, copy=True), params)
         model, square = (-loss if groups[0]["maximize"] else loss) - groups[0]["f_star"], 0.0
         for group, (descent, squares) in zip(groups, totals):
             model = model + descent.to(home)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .optimizer import Family, check_gradient
 from .pieces import finite
-from .shards import everywhere, gradient, local, part_of, present, wrap
+from .shards import everywhere, gradient, local, part_of, present
 
 
 class Wrapper(Family):
@@ -58,9 +58,9 @@ class Wrapper(Family):
         try:
             holes = []
             for _, p in rows:
-                clean, bad = finite(gradient(p))
-                p.grad = wrap(clean, part_of(p))
-                holes.append((part_of(p), [bad]))
+                (clean, bad), part = finite(gradient(p)), part_of(p)
+                p.grad = part.wrap(clean) if part else clean
+                holes.append((part, [bad]))
             yield
         finally:
             for (_, p), g in zip(rows, grads):
