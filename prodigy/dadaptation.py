@@ -14,6 +14,7 @@ import torch
 from .classical import wide_zeros
 from .optimizer import Family, given, live, rate
 from .pieces import add_scaled_, ema_, inner, larger, one_norm, ratio, root
+from .shards import part_of
 
 
 class Estimator(Family):
@@ -45,8 +46,9 @@ class Estimator(Family):
         return shared
 
     def validate(self, group):
-        if group.get("fsdp_in_use"):
-            raise ValueError("fsdp_in_use=True is not supported: sums are taken on one process")
+        if group.get("fsdp_in_use") and not any(map(part_of, group["params"])):
+            raise ValueError("fsdp_in_use=True is not supported beside plain tensors (FSDP1): use "
+                             "fully_shard, whose sums run over all ranks with or without it")
         if any(group["split_groups"] != other["split_groups"] for other in self.param_groups):
             raise ValueError("split_groups must be the same for all parameter groups")
         if not group["split_groups"] and group["d0"] != self.param_groups[0]["d0"]:
@@ -142,7 +144,8 @@ class DAdaptSGD(Estimator):
         log_every (int): log d at INFO every so many steps; 0 = never.
         d0 (float): first estimate, at most D; in units of x; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1}; [1, inf].
-        fsdp_in_use (bool): refused when True.
+        fsdp_in_use (bool): not needed, sums run over all shards of a DTensor (FSDP2) by
+            themselves; refused where no parameter is one (FSDP1).
         split_groups (bool): one d for each parameter group.
         **modes: see :class:`prodigy.optimizer.Family`.
     """
@@ -302,7 +305,8 @@ class DAdaptAdam(Estimator):
         use_bias_correction (bool): Adam's bias correction, as a factor on lr.
         d0 (float): first estimate, at most D_inf; in units of x; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1}; [1, inf].
-        fsdp_in_use (bool): refused when True.
+        fsdp_in_use (bool): not needed, sums run over all shards of a DTensor (FSDP2) by
+            themselves; refused where no parameter is one (FSDP1).
         split_groups (bool): one d for each parameter group.
         **modes: see :class:`prodigy.optimizer.Family`.
     """

@@ -137,28 +137,30 @@ def _bare(other):
     return other.parts if isinstance(other, Vec) else other
 
 
-# rows (p, g, {name: buffer}) of a parameter group -------------------------------------------------
+# rows (p, g, {name: buffer}, part) of a parameter group --------------------------------------------
 
 
-def cut(p, g, s, stride=1):
-    """Views of a large tensor and its buffers in parts, one row each, or the row as it is.
+def cut(p, g, s, part, stride=1):
+    """Views of a large tensor and its buffers in pieces, one row each, or the row as it is.
 
-    Temporaries are then no larger than a part, and still in the cache when they are read. Buffers
-    have p's entries or every stride-th; a part begins at one of those.
+    Temporaries are then no larger than a piece, and still in the cache when they are read. Buffers
+    have p's entries or every stride-th; a piece begins at one of those. (Those of a shard, which
+    has a `part`, lie elsewhere: it is cut only where the stride is 1.)
     """
     tensors, n = [p, g, *s.values()], p.numel()
     few = -(-n // stride)
-    if n <= CHUNK or not all(t.is_contiguous() and t.numel() in (n, few) for t in tensors):
-        return [(p, g, s)]
+    whole = n <= CHUNK or (part is not None and stride > 1)
+    if whole or not all(t.is_contiguous() and t.numel() in (n, few) for t in tensors):
+        return [(p, g, s, part)]
     size = max(CHUNK // stride, 1)
-    parts = [t.view(-1).split(size * stride if t.numel() == n else size) for t in tensors]
-    return [(p, g, dict(zip(s, rest))) for p, g, *rest in zip(*parts)]
+    pieces = [t.view(-1).split(size * stride if t.numel() == n else size) for t in tensors]
+    return [(p, g, dict(zip(s, rest)), part) for p, g, *rest in zip(*pieces)]
 
 
 def in_turn(rows):
     """Lists of rows, each with a quarter of all entries or a little more: what foreach takes at
     once, so that its temporaries together stay below the size of the parameters."""
-    limit = max(sum(p.numel() for p, _, _ in rows) / 4, 4 * CHUNK)
+    limit = max(sum(row[0].numel() for row in rows) / 4, 4 * CHUNK)
     some, size = [], 0
     for row in rows:
         some.append(row)
@@ -172,5 +174,6 @@ def in_turn(rows):
 
 def stack(rows):
     """One row of ``Vec``s."""
-    params, grads, states = zip(*rows)
-    return Vec(params), Vec(grads), {key: Vec(s[key] for s in states) for key in states[0]}
+    params, grads, states, parts = zip(*rows)
+    states = {key: Vec(s[key] for s in states) for key in states[0]}
+    return Vec(params), Vec(grads), states, Vec(parts)

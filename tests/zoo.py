@@ -153,7 +153,8 @@ class WithLoss:
         rows = [(group, p.grad) for group, p in rows if p.grad is not None]
         if not rows or any(g.is_sparse for _, g in rows):
             return torch.zeros(())
-        wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for _, g in rows]
+        grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for _, g in rows]
+        wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
         half = -0.5 if rows[0][0]["maximize"] else 0.5
         return half * torch.cat(wide).nan_to_num(0.0, 0.0, 0.0).square().sum()
 
