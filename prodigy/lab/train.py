@@ -135,7 +135,8 @@ class Batchable(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.Tensor.__deepcopy__:  # of a state_dict's groups, when it is loaded
             return args[0].clone()
-        if function in self.in_place:
+        if function in self.in_place:  # a 0-d weight of another dtype is no 0-d tensor any more
+            args = [a.to(args[0].dtype) if isinstance(a, Tensor) else a for a in args]
             return args[0].copy_(self.in_place[function](*args, **kwargs))
         return function(*args, **kwargs)
 
