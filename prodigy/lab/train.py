@@ -277,7 +277,7 @@ def sweep(
             trace.append(measure(optimizer, mean))
         return torch.stack(trace)
 
-    known = []  # of the runs' state_dict what is no tensor
+    known = []  # what is no tensor in the runs' state_dict after their first step
 
     def first(weights, lr, i, factor, before):
         weights = [W.clone() for W in weights]
@@ -311,10 +311,12 @@ def sweep(
         runs, turns = len(lr), len(lr) // len(orders)
         share = share_of(runs, max(len(X), len(y_test) if tested else 0) * data.classes)
         in_dims, trace = (0, 0, 0, None, None), []
+        pace = torch.tensor(factors, dtype=torch.float64, device=device)
+        counts = torch.arange(len(pace), device=device)
         for epoch in trange(epochs, desc=label, leave=False, disable=quiet):
             for k in range(epoch * steps, (epoch + 1) * steps):
                 i = orders[:, epoch, k % steps * batch :][:, :batch].repeat(turns, 1)
-                now = lr, i, X.new_full((), factors[k]), torch.tensor(k, device=device)
+                now = lr, i, pace[k], counts[k]
                 if k == 0:
                     with Batchable():
                         state = vmap(first, in_dims)(weights, *now)
