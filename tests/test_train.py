@@ -250,6 +250,16 @@ def test_dtype_is_that_of_weights_and_gradients():
     assert 0 < abs(trace.loss.item() - wide.loss.item()) < 0.02 * wide.loss.item()
 
 
+@pytest.mark.parametrize("name", [*CASES, "Polyak"])
+def test_float32_runs_side_by_side_too(name):
+    polyak = method("AdamWScheduleFree", betas=(0.0, 0.95), store_x=True)
+    make, lrs, schedule = CASES.get(name, (polyak, [1.0, 0.1], train.constant))
+    asked = dict(lrs=lrs, seeds=[0], epochs=2, schedule=schedule, dtype=torch.float32)
+    together = sweep(lambda params, lr: make(params, lr, capturable=True), SPLIT, **asked)
+    apart = sweep(make, SPLIT, **asked, batched=False)
+    np.testing.assert_allclose(together.loss, apart.loss, rtol=2e-4)
+
+
 def test_an_average_of_the_points_is_what_is_measured():
     asked = dict(lrs=[0.1, 0.02], seeds=[4], epochs=3)
     last = sweep(making("SGD"), IRIS, **asked)

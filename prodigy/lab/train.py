@@ -135,7 +135,8 @@ class Batchable(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.Tensor.__deepcopy__:  # of a state_dict's groups, when it is loaded
             return args[0].clone()
-        if function in self.in_place:
+        if function in self.in_place:  # a 0-d weight of another dtype is no 0-d tensor any more
+            args = [a.to(args[0].dtype) if isinstance(a, Tensor) else a for a in args]
             return args[0].copy_(self.in_place[function](*args, **kwargs))
         return function(*args, **kwargs)
 
@@ -276,7 +277,7 @@ def sweep(
             trace.append(measure(optimizer, mean))
         return torch.stack(trace)
 
-    known = []  # of the runs' state_dict what is no tensor
+    known = []  # what is no tensor in the runs' state_dict after their first step
 
     def first(weights, lr, i, factor, before):
         weights = [W.clone() for W in weights]
@@ -310,10 +311,12 @@ def sweep(
         runs, turns = len(lr), len(lr) // len(orders)
         share = share_of(runs, max(len(X), len(y_test) if tested else 0) * data.classes)
         in_dims, trace = (0, 0, 0, None, None), []
+        pace = torch.tensor(factors, dtype=torch.float64, device=device)
+        counts = torch.arange(len(pace), device=device)
         for epoch in trange(epochs, desc=label, leave=False, disable=quiet):
             for k in range(epoch * steps, (epoch + 1) * steps):
                 i = orders[:, epoch, k % steps * batch :][:, :batch].repeat(turns, 1)
-                now = lr, i, X.new_full((), factors[k]), torch.tensor(k, device=device)
+                now = lr, i, pace[k], counts[k]
                 if k == 0:
                     with Batchable():
                         state = vmap(first, in_dims)(weights, *now)
