@@ -6,6 +6,7 @@ A row is one published number, or one figure that was not run, with the reason. 
 from the CSV that the notebook left in `figures/`; from its full-scale run where there is one.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ COLUMNS = ["paper", "item", "what", "published", "published_se", "here", "se", "
 BLANK = dict.fromkeys(["scale", "device", "notebook", "note"], "")  # what may be left out
 DADAPTATION, ROAD, MNIST = "2301.07733", "2405.15682", "MNIST example"
 NO_DATA = "not run: the data set is not at hand"
+SUBSET = "not run: only a subset is at hand, which cannot be compared"
+LATER = "not yet run: an hour or so on a processor"
 WAITS = "not yet run at full scale, for want of a GPU; gpu.yml has the values"
 
 
@@ -84,12 +87,18 @@ def convex(figures):
     for name, part in guesses.groupby("set", sort=False):
         yield row(DADAPTATION, "Fig. 7", f"{names[name]}, largest move over d0", published=0,
                   here=np.ptp(part["mean"]), note="published: flat lines", **ran)
-    for name in names:
-        if name not in set(score["set"]):
-            why = (NO_DATA if name != "sensorless" else
-                   "not run: only a subset is at hand, which cannot be compared")
-            for paper, item in ((DADAPTATION, "Fig. 2"), (ROAD, "Fig. 8")):
-                yield row(paper, item, names[name], notebook="41_convex", note=why)
+    here = set(zip(score["set"], score["method"]))
+    for name, source in itertools.product(names, (published.DADAPTATION_FIG2, published.ROAD_FIG8)):
+        paper = DADAPTATION if source is published.DADAPTATION_FIG2 else ROAD
+        missing = [m for m in source.methods if (name, m) not in here]
+        if len(missing) == len(source.methods):
+            yield row(paper, source.source.figure, names[name], "41_convex",
+                      note=SUBSET if name == "sensorless" else NO_DATA)
+            continue
+        for method in missing:
+            value, error = source.of(names[name], method)
+            yield row(paper, source.source.figure, f"{names[name]}, {method}", "41_convex",
+                      published=value, published_se=error, note=LATER)
 
 
 def mnist(figures):
@@ -104,7 +113,7 @@ def mnist(figures):
         if len(mine):
             ran |= dict(seeds=mine.seed.nunique(), device=mine.device.iloc[0])
         else:
-            ran |= dict(note=WAITS)
+            ran |= dict(note=LATER)
         final = mine[mine.epoch == epochs]
         wanted = {"test accuracy in %": (last.test_accuracy_pct, final.test_accuracy),
                   "test loss": (last.test_loss, final.test_loss), "d": (d, final.d)}
