@@ -126,9 +126,8 @@ more = Parts(2, "more", MORE, fused_names=STEPWISE, mixed_names=MIXED, modes_nam
 
 @pytest.mark.parametrize("name", STEPWISE)
 def test_fused_backward_over_shards_is_the_step(name):
-    for plain, hooked in more.of(("fused", name, {})):
-        assert torch.equal(plain["d"], hooked["d"])
-        assert torch.equal(plain["final"], hooked["final"])
+    mine = more.of(("fused", name, {}))
+    agree([hooked for _, hooked in mine], mine[0][0])
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -179,10 +178,11 @@ def test_a_whole_state_dict_goes_on_without_shards(name, saved):
     agree([one], first[0][SAVED.index(name)])
 
 
-folds = Job(2, "fold", SAVED, names=SAVED)
+FOLDED = [name for name in SAVED if "torch" not in name]  # torch's own does not cut what it loads
+folds = Job(2, "fold", FOLDED, names=FOLDED)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", FOLDED)
 def test_a_state_dict_of_one_process_goes_on_over_shards(name):
     model = ranks.network()
     optimizer, data = zoo.make(ranks.KNOWN[name], model.parameters()), ranks.batches(16)
