@@ -24,7 +24,7 @@ import logging
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, atleast_1d
+from torch import Tensor
 
 from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
 from .shards import everywhere, gradient, local, part_of, present
@@ -149,6 +149,7 @@ class Family(torch.optim.Optimizer):
     own_clock = False  # True: t counts each parameter's own steps (torch.optim), else the group's
     decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
+    sums = ()  # names of sums over all entries that a group carries from step to step
     by_entry = True  # bodies treat all entries alike, apart from sums: a tensor may come in parts
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
     rounded = ()  # names of buffers that may be kept in the parameter's own low precision
@@ -438,6 +439,7 @@ class Family(torch.optim.Optimizer):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
         group, device = b.group, b.params[0].device
         h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
+        h["alone"] = not self.sums or group.get("slice_p", 1) > 1
         if self._rounds_at_random(group, b.params[0]) and isinstance(group["k"], int):
             place = [id(g) for g in self.param_groups].index(id(group))
             first = [id(p) for p in group["params"]].index(id(b.params[0]))
@@ -456,8 +458,8 @@ class Family(torch.optim.Optimizer):
                 if isinstance(a, float):
                     h[key] = number(key, a, dtype, device)
             # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-            params, grads = map(atleast_1d, params), map(atleast_1d, grads)
-            states = [{key: atleast_1d(s[key]) for key in keys} for s in states]
+            params, grads = map(lined, params), map(lined, grads)
+            states = [{key: lined(t) for key, t in s.items()} for s in states]
             return self._compiled(run)(list(params), list(grads), states, h)
         rows = list(zip(params, grads, states, b.parts))
         if self.by_entry:
@@ -629,6 +631,11 @@ def number(name, value, dtype, device):
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def lined(t):
+    """t, or a one-entry view of a 0-d tensor (torch.atleast_1d takes ten times as long)."""
+    return t if t.dim() else t.view(1)
+
+
 class Scalars:
     """A dictionary's entries as attributes: a ``SimpleNamespace`` that torch.compile traces."""
 
@@ -656,7 +663,7 @@ def live(method, group):
 def load(p, g, s, h):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype))
+    g, bad = finite(g.to(x.dtype), h.alone)
     if h.maximize:
         g.neg_()
     return x, add_scaled_(g, x, h.weight_decay) if h.l2 else g, bad

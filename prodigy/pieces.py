@@ -64,14 +64,22 @@ def rectify(beta2, t):
 
 def inner(a, b):
     """<a, b> over all entries, a 0-d tensor."""
-    if isinstance(a, Vec) or a.dim() != 1 or torch.compiler.is_compiling():
-        return (a * b).sum()
-    return a.dot(b)
+    flat = not isinstance(a, Vec) and a.dim() == 1 and not torch.compiler.is_compiling()
+    return a.dot(b) if flat else (a * b).sum()
 
 
 def one_norm(a):
     """The sum of |entries|, a 0-d tensor."""
-    return a.norm(1) if isinstance(a, Vec) else a.abs().sum()
+    return a.norm(1) if isinstance(a, Vec) else tail(a.abs()).sum()
+
+
+def tail(a):
+    """a, of which a compiled sum is taken in the loop that computes it, not in one before.
+
+    Inductor (torch 2.13) takes one sum along in a loop that writes, if what it adds up was given
+    a place in memory, as ``as_strided`` does; nothing is then written to that place.
+    """
+    return a.as_strided((a.numel(),), (1,)) if torch.compiler.is_compiling() else a
 
 
 def ema_(m, value, beta):
@@ -101,14 +109,18 @@ def every(t, p, part=None):
     return t.flatten()[part.every(p, t.device) if part else slice(None, None, p)]
 
 
-def finite(g):
-    """A copy of g with its non-finite entries set to zero, and how many there were (0-d int64)."""
+def finite(g, alone=True):
+    """A copy of g with its non-finite entries set to zero, and how many there were (0-d).
+
+    alone: no other sum over g's entries as they come in is taken, with which to share a loop.
+    """
     if isinstance(g, Vec):
         return g.finite()
     if torch.compiler.is_compiling():  # one comparison in the one loop
         good = g.abs() < math.inf
-        return torch.where(good, g, 0.0), (~good).sum(dtype=torch.int32)
-    return g.nan_to_num(0.0, 0.0, 0.0), (g - g).ne_(0.0).sum().long()  # no bools: they are slow
+        bad = (~good).to(torch.int32)
+        return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
+    return g.nan_to_num(0.0, 0.0, 0.0), (g - g).nan_to_num_(1.0).sum().long()  # no slow bools
 
 
 # low precision ---------------------------------------------------------------------------------

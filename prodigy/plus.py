@@ -303,13 +303,13 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if "rms_sq" in s:
             return s["rms_sq"].sqrt()
         if "exp_avg_sq_row" in s:
-            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like, h.part).sqrt()
+            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like, h.part).sqrt_()
         return s["exp_avg_sq"].clone() if h.use_focus else s["exp_avg_sq"].sqrt()
 
     def divide(self, a, b, point, h):
         if h.use_focus:
             return focus(a, point, b)
-        return atan2(a, b) if h.d_eps is None else a / b.add_(h.d_eps)
+        return atan2(a, b) if h.d_eps is None else a.div_(b.add_(h.d_eps))
 
     def averaged_update(self, g, dg, b, point, s, h):
         """Without Schedule-Free: the first moment, divided (ADOPT: the average of divided d g)."""

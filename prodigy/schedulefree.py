@@ -126,7 +126,7 @@ class ScheduleFree(Family):
     def _groups(self):
         """(the group's own entries, [(parameter, its state)] for those that have moved)."""
         for group in self.param_groups:
-            states = [(p, self.state[p]) for p in group["params"] if "z" in self.state.get(p, ())]
+            states = ((p, self.state[p]) for p in group["params"] if "z" in self.state.get(p, ()))
             yield self.own(group), states
 
     def _move(self, own, states, old, new):

@@ -9,7 +9,7 @@ Numbers that live on the device (0-d tensors) must never be read back by the hos
 import torch
 from torch import Tensor
 
-CHUNK = 2**18  # entries of a large tensor that the loop takes at once: 1 MB each, near the cache
+CHUNK = 2**19  # entries of a large tensor that the loop takes at once: 2 MB each, near the cache
 
 _add_tensor = torch.ops.aten._foreach_add.Tensor  # leaves the scalar on the device
 
@@ -158,9 +158,12 @@ def cut(p, g, s, part, stride=1):
 
 
 def in_turn(rows):
-    """Lists of rows, each with a quarter of all entries or a little more: what foreach takes at
-    once, so that its temporaries together stay below the size of the parameters."""
-    limit = max(sum(row[0].numel() for row in rows) / 4, 4 * CHUNK)
+    """Lists of rows that foreach takes at once, each with an eighth of all entries or more.
+
+    A body holds up to five temporaries at a time; together they then stay below the size of the
+    parameters, unless those are few or one tensor that cannot be cut is most of them.
+    """
+    limit = max(sum(row[0].numel() for row in rows) / 8, CHUNK)
     some, size = [], 0
     for row in rows:
         some.append(row)
