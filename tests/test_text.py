@@ -210,7 +210,8 @@ def test_a_run_is_the_ordinary_loop(clip):
     ends = measured(text.train((sgd, None), WORDS, 3, 12, clip=clip, **OPTIONS))
     assert list(ends) == [5, 10, 12]
     net, _, losses = by_hand(sgd, 12, clip)
-    assert ends[12]["validation_loss"] == pytest.approx(float(text.evaluate(net, held())), rel=1e-5)
+    last = float(text.evaluate(net, held()))
+    assert ends[12]["validation_loss"] == pytest.approx(last, rel=1e-5)
     for step, part in ((5, losses[:5]), (10, losses[5:10]), (12, losses[10:])):
         assert ends[step]["train_loss"] == pytest.approx(np.mean(part), rel=1e-5)
     assert ends[12]["step_size"] == 0.3 and np.isnan(ends[12]["d"])
@@ -226,7 +227,7 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for():
             super().step()
             after = self.param_groups[0]["params"]
             way = [(a - b).flatten() for a, b in zip(after, before)]
-            moves.setdefault(clip, []).append(float(torch.cat(way).norm()))
+            moves.setdefault(clip, []).append(torch.cat(way).norm().item())
 
     for clip in (None, 0.1):
         text.train((lambda params: Probe(params, lr=1.0), None), WORDS, 0, 5, clip=clip, **OPTIONS)

@@ -38,7 +38,7 @@ def collect(train, keys, path=None, device="cpu", *, jobs=1):
     todo = [key for key in keys if not (len(table) and len(rows_of(table, key)))]
     ended = joblib.Parallel(jobs, return_as="generator")(map(joblib.delayed(train), todo))
     bar = tqdm(ended, total=len(todo), desc="runs", leave=False, disable=QUIET)
-    for key, new in zip(todo, bar):
+    for new, key in zip(bar, todo):
         new = new.assign(device=name, torch=torch.__version__)
         for place, (column, value) in enumerate(key.items()):
             new.insert(place, column, value)
