@@ -137,7 +137,7 @@ def _bare(other):
     return other.parts if isinstance(other, Vec) else other
 
 
-# rows (p, g, {name: buffer}, part) of a parameter group --------------------------------------------
+# rows (p, g, {name: buffer}, part) of a parameter group -----------------------------------------
 
 
 def cut(p, g, s, part, stride=1):

@@ -13,7 +13,6 @@ Grey images, MNIST's, are normalised once. Colour images stay on the device as b
 networks for them begin with `Normalise`.
 """
 
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,9 +23,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..rivals import LDoG
 from .data import Dataset, load
-from .runs import collect
+from .runs import collect, compile_anew, holding, step_size
 from .train import QUIET
 
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels on the scale 0 to 1, as in its example
@@ -232,30 +230,6 @@ def evaluate_in(point, net, X, y, seen, batch=500):
     return result
 
 
-@contextmanager
-@torch.no_grad()
-def holding(net, weights):
-    """Within the block the parameters of net hold these tensors."""
-    kept = [p.clone() for p in net.parameters()]
-    for p, w in zip(net.parameters(), weights):
-        p.copy_(w)
-    try:
-        yield
-    finally:
-        for p, w in zip(net.parameters(), kept):
-            p.copy_(w)
-
-
-def step_size(optimizer):
-    """The factor on the method's direction, as a float; of L-DoG's, one a tensor, the median."""
-    if isinstance(optimizer, LDoG):
-        sizes = [s["rbar"] / s["G"].sqrt() for s in optimizer.state.values()]
-        return optimizer.effective_lr() * float(torch.stack(sizes).median())
-    if hasattr(optimizer, "effective_lr"):
-        return optimizer.effective_lr()
-    return float(optimizer.param_groups[0]["lr"])
-
-
 def marks(steps, per_epoch):
     """The steps after which a row is written: powers of the root of two, and ends of epochs."""
     powers = {round(2 ** (k / 2)) for k in range(1 + int(2 * np.log2(steps)))}
@@ -329,12 +303,6 @@ def train(method, data, seed, epochs, *, network=convnet, batch=64, device="cpu"
         rows[-1][2:4], rows[-1][5] = result, float(total) / len(y)
     bar.close()
     return rows
-
-
-def compile_anew(net):
-    """torch.compile(net), so that runs one after the other do not add up to its limit."""
-    torch.compiler.reset()
-    return torch.compile(net, dynamic=False)
 
 
 def run(methods, seeds, data, epochs, path=None, *, device="cpu", about=None, **options):

@@ -53,6 +53,7 @@ class Table:
 
 _DADAPTATION = ("Learning-Rate-Free Learning by D-Adaptation", "arXiv 2301.07733 v5")
 _ROAD = ("The Road Less Scheduled", "arXiv 2405.15682 v4")
+_RIVER = ("Through the River", "arXiv 2507.09846")
 _PACKAGES = ("MNIST example", "READMEs of schedule_free and prodigy-plus-schedule-free")
 
 CURVES = {
@@ -60,6 +61,7 @@ CURVES = {
     "dadaptation_fig2_convex": Source(*_DADAPTATION, "Fig. 2",
                                       "confirmed: read off the vector art"),
     "mnist_convnet": Source(*_PACKAGES, "printed logs", "confirmed: printed; one seed each"),
+    "river_table5": Source(*_RIVER, "Table 5", "confirmed: printed; one run each"),
 }
 
 DADAPTATION_FIG2 = Table(

@@ -1,16 +1,22 @@
-"""Long runs, one after the other, kept as they finish: an interrupted series goes on where it was.
+"""Long runs, kept as they finish: an interrupted series goes on where it was. What they share.
 
     table = collect(train, [dict(method="Prodigy", seed=0), dict(method="Prodigy", seed=1)], path)
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
+
+from ..rivals import LDoG
+from .train import QUIET
 
 
-def collect(train, keys, path=None, device="cpu"):
+def collect(train, keys, path=None, device="cpu", *, jobs=1):
     """The rows of every run as one table; finished runs are taken from `path`, new ones added.
 
     Args:
@@ -19,6 +25,8 @@ def collect(train, keys, path=None, device="cpu"):
         path: a CSV file, written whenever a run has finished, or None. A run whose key stands
             there is taken as it is.
         device: torch.device or its name; where `train` computes, for the record.
+        jobs: runs side by side, each in a process with its share of the cores, as joblib counts
+            them; 1 is one after the other, in this process.
 
     Returns:
         DataFrame with the columns of the keys, those of `train`, device and torch, in the order
@@ -27,10 +35,11 @@ def collect(train, keys, path=None, device="cpu"):
     path, device = path and Path(path), torch.device(device)
     table = pd.read_csv(path) if path and path.is_file() else pd.DataFrame()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    for key in keys:
-        if len(table) and len(rows_of(table, key)):
-            continue
-        new = train(key).assign(device=name, torch=torch.__version__)
+    todo = [key for key in keys if not (len(table) and len(rows_of(table, key)))]
+    ended = joblib.Parallel(jobs, return_as="generator")(map(joblib.delayed(train), todo))
+    bar = tqdm(ended, total=len(todo), desc="runs", leave=False, disable=QUIET)
+    for new, key in zip(bar, todo):
+        new = new.assign(device=name, torch=torch.__version__)
         for place, (column, value) in enumerate(key.items()):
             new.insert(place, column, value)
         table = pd.concat([table, new], ignore_index=True)
@@ -45,3 +54,33 @@ def collect(train, keys, path=None, device="cpu"):
 def rows_of(table, key):
     """The rows of one run."""
     return table[(table[list(key)] == pd.Series(key)).all(axis=1)]
+
+
+@contextmanager
+@torch.no_grad()
+def holding(net, weights):
+    """Within the block the parameters of net hold these tensors."""
+    kept = [p.clone() for p in net.parameters()]
+    for p, w in zip(net.parameters(), weights):
+        p.copy_(w)
+    try:
+        yield
+    finally:
+        for p, w in zip(net.parameters(), kept):
+            p.copy_(w)
+
+
+def step_size(optimizer):
+    """The factor on the method's direction, as a float; of L-DoG's, one a tensor, the median."""
+    if isinstance(optimizer, LDoG):
+        sizes = [s["rbar"] / s["G"].sqrt() for s in optimizer.state.values()]
+        return optimizer.effective_lr() * float(torch.stack(sizes).median())
+    if hasattr(optimizer, "effective_lr"):
+        return optimizer.effective_lr()
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def compile_anew(net):
+    """torch.compile(net), so that runs one after the other do not add up to its limit."""
+    torch.compiler.reset()
+    return torch.compile(net, dynamic=False)

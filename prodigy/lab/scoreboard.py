@@ -20,7 +20,8 @@ START, END = "<!-- scoreboard: start -->", "<!-- scoreboard: end -->"
 COLUMNS = ["paper", "item", "what", "published", "published_se", "here", "se", "in_se", "seeds",
            "scale", "device", "notebook", "note"]
 BLANK = dict.fromkeys(["scale", "device", "notebook", "note"], "")  # what may be left out
-DADAPTATION, ROAD, MNIST = "2301.07733", "2405.15682", "MNIST example"
+DADAPTATION, ROAD, RIVER = "2301.07733", "2405.15682", "2507.09846"
+MNIST = "MNIST example"
 NO_DATA = "not run: the data set is not at hand"
 SUBSET = "not run: only a subset is at hand, which cannot be compared"
 LATER = "not yet run: an hour or so on a processor"
@@ -88,7 +89,8 @@ def convex(figures):
         yield row(DADAPTATION, "Fig. 7", f"{names[name]}, largest move over d0", published=0,
                   here=np.ptp(part["mean"]), note="published: flat lines", **ran)
     here = set(zip(score["set"], score["method"]))
-    for name, source in itertools.product(names, (published.DADAPTATION_FIG2, published.ROAD_FIG8)):
+    both = published.DADAPTATION_FIG2, published.ROAD_FIG8
+    for name, source in itertools.product(names, both):
         paper = DADAPTATION if source is published.DADAPTATION_FIG2 else ROAD
         missing = [m for m in source.methods if (name, m) not in here]
         if len(missing) == len(source.methods):
@@ -124,13 +126,14 @@ def mnist(figures):
 
 
 def cifar(figures):
-    """CIFAR-10: 80 % for ResNet-18 with Prodigy, and the Schedule-Free panel; small runs so far."""
+    """CIFAR-10: ResNet-18 with Prodigy, and the Schedule-Free panel; small runs so far."""
     full = read(figures, "43_cifar10_full")
     full = pd.DataFrame(columns=["model", "method", "epoch"]) if full is None else full
     toy = full[(full.model == "resnet18") & (full.method == "Prodigy") & (full.epoch == 20)]
     small = ends(read(figures, "43_cifar10_methods"))
-    yield full_or_small("prodigyopt", "README", "CIFAR-10, ResNet-18, Prodigy, 20 epochs, about", 80,
-                        toy, small[small.method == "Prodigy"], "43_cifar10", "test_accuracy")
+    what = "CIFAR-10, ResNet-18, Prodigy, 20 epochs, about"
+    yield full_or_small("prodigyopt", "README", what, 80, toy,
+                        small[small.method == "Prodigy"], "43_cifar10", "test_accuracy")
     road, small = published.ROAD_CIFAR10, ends(read(figures, "43_cifar10_schedule_free"))
     for method in road.methods:
         value, error = road.of("WRN-16-8", method)
@@ -142,8 +145,18 @@ def cifar(figures):
 
 
 def gpt(figures):
-    """Table 5 of Through the River: by how much its best C lowers the vanilla average's loss."""
-    return []
+    """Table 5 of Through the River: by how much its best C lowers the released one's loss."""
+    table, paper = read(figures, "44_gpt_shakespeare_averaging"), published.curve("river_table5")
+    lowest = table[table.lr == 0.002].groupby(["beta", "C", "seed"]).validation_loss.min()
+    for beta in (0.5, 0.95):
+        losses, printed = lowest[beta].unstack("seed"), paper[paper.beta == beta]
+        best = losses.loc[losses.mean(axis=1).idxmin()]
+        gain = losses.loc[round(1 / (1 - beta), 6)] - best
+        fall = np.log(printed.perplexity[printed.released].item() / printed.perplexity.min())
+        yield row(RIVER, "Table 5", f"beta {beta:g}, nats gained by the best C",
+                  "44_gpt_shakespeare", published=fall, **summary(gain), seeds=len(gain),
+                  scale="shortened", device=table.device.iloc[0],
+                  note="another model and text, the trend alone; " + WAITS)
 
 
 def ends(table):
