@@ -24,10 +24,11 @@ import logging
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, atleast_1d
+from torch import Tensor
 
-from .pieces import add_scaled_, finite, join, residual, store_, where, working_dtype
-from .vec import Vec
+from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
+from .shards import everywhere, gradient, local, part_of, present
+from .vec import Vec, cut, in_turn, stack
 
 log = logging.getLogger("prodigy")
 
@@ -131,8 +132,15 @@ class Family(torch.optim.Optimizer):
     compile (bool): run the pass under ``torch.compile``.
     differentiable, fused: accepted for torch.optim's sake, refused with a ValueError when set.
 
+    Parameters may be DTensors (FSDP2, tensor parallelism), plain tensors, or both. A rank steps
+    its own shards; the sums over tensors run over all of them, in one all_reduce a step and mesh,
+    so that d is that of one process and the same on every rank bit for bit. So ``step`` must be
+    called on every rank. A gradient that a rank alone lacks is zero there. State tensors are
+    DTensors laid out like their parameter, for torch.distributed.checkpoint.
+
     Raises:
-        TypeError, ValueError: at construction, naming the argument and its range.
+        TypeError, ValueError: at construction, naming the argument and its range; for the flat
+            parameters of FSDP1.
         RuntimeError: from ``step``, before anything is written, for sparse or complex gradients
             and for gradients whose shape, dtype or device is not the parameter's.
     """
@@ -141,9 +149,12 @@ class Family(torch.optim.Optimizer):
     own_clock = False  # True: t counts each parameter's own steps (torch.optim), else the group's
     decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
+    sums = ()  # names of sums over all entries that a group carries from step to step
+    by_entry = True  # bodies treat all entries alike, apart from sums: a tensor may come in parts
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
     rounded = ()  # names of buffers that may be kept in the parameter's own low precision
     stored = ("p0", "x0")  # names of buffers that keep the dtype they were saved in
+    sampled, stride = (), 1  # names of buffers of every stride-th entry (or slice_p-th)
     counters = ("k",)  # names of its numbers that are 0-d tensors too when capturable
 
     def __init__(self, params, *, differentiable=False, fused=None, **defaults):
@@ -205,6 +216,8 @@ class Family(torch.optim.Optimizer):
                     raise TypeError("complex parameters are not supported: use torch.view_as_real")
                 if p.layout != torch.strided:
                     raise TypeError("sparse parameters are not supported")
+                if hasattr(p, "_fsdp_flattened") or hasattr(p, "_is_flat_param"):
+                    raise TypeError("FSDP1's flat shards are not supported: use fully_shard")
             self.validate(group)
         except Exception:
             self.param_groups.pop()
@@ -230,7 +243,7 @@ class Family(torch.optim.Optimizer):
 
     def _place(self, group):
         """Keep the group's 0-d tensors where its parameters are, in their working dtype."""
-        home = group["params"][0] if group["params"] else None
+        home = local(group["params"][0]) if group["params"] else None
         names = self.estimates + (self.counters if group["capturable"] else ())
         for name in (*names, "nonfinite"):
             value = group[name]
@@ -317,16 +330,19 @@ class Family(torch.optim.Optimizer):
         batches = self.gather(only=(group, p))
         self._set_scalars(batches)
         pending = self.__dict__.setdefault("_pending", {})
-        self._totals(pending, batches, "_pass")
+        self._add(pending, batches, "_pass")
         taken.add(p)
 
     def gather(self, only=None):
         """Check everything, then sort what has a gradient by group, device, dtype and clock."""
-        taken = self.__dict__.get("_taken", ())
+        if only is None:
+            everyone = [p for group in self.param_groups for p in group["params"]]
+            found = set(present(everyone, self.__dict__.get("_taken", ())))
+        else:
+            found = {only[1]} if only[1].grad is not None else ()
         active = []
         for group in self.param_groups if only is None else [only[0]]:
-            wanted = group["params"] if only is None else [only[1]]
-            params = [p for p in wanted if p.grad is not None and p not in taken]
+            params = [p for p in group["params"] if p in found]
             for p in params:
                 check_gradient(p)
             active.append((group, params))
@@ -340,12 +356,14 @@ class Family(torch.optim.Optimizer):
                 if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
                 t, clock = self._tick(group, s, working_dtype(p.dtype))
-                key = (id(group), p.device, p.dtype, clock, frozenset(s))
+                part = part_of(p)
+                key = (id(group), p.device, p.dtype, clock, frozenset(s), part and part.ranks)
                 if key not in batches:
                     batches[key] = SimpleNamespace(
-                        group=group, t=t, clock=clock, params=[], states=[], h={})
+                        group=group, t=t, clock=clock, params=[], states=[], parts=[], h={})
                 batches[key].params.append(p)
                 batches[key].states.append(s)
+                batches[key].parts.append(part)
         return list(batches.values())
 
     def _ready(self, group, p):
@@ -398,27 +416,40 @@ class Family(torch.optim.Optimizer):
 
     def _totals(self, pending, batches, name):
         """(groups, for each the sums over its tensors), after adding the batches to pending."""
-        for b in batches:
-            sums = self._run(b, name)
-            _, so_far = pending.get(id(b.group), (None, None))
+        self._add(pending, batches, name)
+        rows = list(pending.values())
+        totals = {}
+        for (group, _, _), sums in zip(rows, everywhere([row[1:] for row in rows])):
+            _, so_far = totals.get(id(group), (None, None))
             if so_far is not None:
                 sums = [a + s.to(a.device) for a, s in zip(so_far, sums)]
-            pending[id(b.group)] = b.group, sums
-        return [group for group, _ in pending.values()], [sums for _, sums in pending.values()]
+            totals[id(group)] = group, sums
+        return [group for group, _ in totals.values()], [sums for _, sums in totals.values()]
+
+    def _add(self, pending, batches, name):
+        """Run the batches; pending: {key: (group, a part, this rank's sums)}."""
+        for b in batches:
+            sums, part = self._run(b, name), b.parts[0]
+            key = id(b.group), part and part.ranks
+            if key in pending:
+                sums = [a + s.to(a.device) for a, s in zip(pending[key][2], sums)]
+            pending[key] = b.group, part, sums
 
     def _run(self, b, name):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
         group, device = b.group, b.params[0].device
         h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
+        h["alone"] = not self.sums or group.get("slice_p", 1) > 1
         if self._rounds_at_random(group, b.params[0]) and isinstance(group["k"], int):
             place = [id(g) for g in self.param_groups].index(id(group))
             first = [id(p) for p in group["params"]].index(id(b.params[0]))
-            seed = hash((group["k"], place, first))
+            seed = hash((group["k"], place, first, *(b.parts[0].offset if b.parts[0] else ())))
             if device.type != "meta" and not group["compile"]:
                 h["noise"] = torch.Generator(device).manual_seed(seed % 2**63)
-        grads = [p.grad for p in b.params]
+        params, grads = [local(p) for p in b.params], [gradient(p) for p in b.params]
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
-        states = [{key: s[key] for key in keys} for s in b.states]
+        states = [{key: local(s[key]) for key in keys} for s in b.states]
+        h["parts"] = b.parts
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
         run = getattr(self, name)
         if group["compile"]:
@@ -427,13 +458,16 @@ class Family(torch.optim.Optimizer):
                 if isinstance(a, float):
                     h[key] = number(key, a, dtype, device)
             # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-            params, grads = map(atleast_1d, b.params), map(atleast_1d, grads)
-            states = [{key: atleast_1d(s[key]) for key in keys} for s in states]
+            params, grads = map(lined, params), map(lined, grads)
+            states = [{key: lined(t) for key, t in s.items()} for s in states]
             return self._compiled(run)(list(params), list(grads), states, h)
+        rows = list(zip(params, grads, states, b.parts))
+        if self.by_entry:
+            rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
-            states = [{key: Vec(s[key] for s in states) for key in keys}]
-            return run([Vec(b.params)], [Vec(grads)], states, h)
-        return run(b.params, grads, states, h)
+            rows = [stack(some) for some in in_turn(rows)]
+        params, grads, states, parts = zip(*rows)
+        return run(params, grads, states, {**h, "parts": parts})
 
     def _compiled(self, run):
         name = f"_compiled{run.__name__}"
@@ -447,7 +481,7 @@ class Family(torch.optim.Optimizer):
         """The loop over parameters: load, observe, advance, store."""
         h = Scalars(h)
         totals = None
-        for p, g, s in zip(params, grads, states):
+        for p, g, s, h.part in zip(params, grads, states, h.parts):
             x, g, bad = load(p, g, s, h)
             narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
             s = s | {key: t.to(x.dtype) for key, t in narrow.items()}
@@ -469,7 +503,7 @@ class Family(torch.optim.Optimizer):
         """The loop over gradients alone, for methods that need their size first."""
         h = Scalars(h)
         totals = None
-        for p, g, s in zip(params, grads, states):
+        for p, g, s, h.part in zip(params, grads, states, h.parts):
             x, g, _ = load(p, g, s, h)
             sums = [a * h.live for a in self.look(x, g, s, h)]
             totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
@@ -486,9 +520,13 @@ class Family(torch.optim.Optimizer):
 
     def state_bytes(self):
         """Bytes kept for each parameter entry beside it and its gradient, since the first step."""
-        tensors = [t for s in self.state_dict()["state"].values() for t in s.values()]
+        tensors = [local(t) for s in self._states() for t in s.values()]
         size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-        return size / sum(p.numel() for group in self.param_groups for p in group["params"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        return size / max(sum(local(p).numel() for p in params), 1)
+
+    def _states(self):
+        return self.state.values()
 
     def _report(self, groups):
         every = groups[0].get("log_every", 0)
@@ -498,8 +536,17 @@ class Family(torch.optim.Optimizer):
 
     # checkpoints ------------------------------------------------------------------------------
     def state_dict(self):
-        """As in torch.optim; the groups' 0-d tensors are copies: a snapshot of them."""
+        """As in torch.optim; the groups' 0-d tensors are copies: a snapshot of them.
+
+        What a sharded parameter keeps of every stride-th entry alone has no regular shards: here,
+        in the checkpoint, it stands in a DTensor of the parameter's shape, 0 in between.
+        """
         saved = super().state_dict()
+        for i, p, stride in self._strides(saved):
+            s = saved["state"].get(i, {})
+            if (part := part_of(p)) and stride > 1 and s:
+                spread = {key: part.spread(s[key], stride) for key in self.sampled if key in s}
+                saved["state"][i] = {**s, **spread}
         copies = {}
         for group in saved["param_groups"]:
             for name, value in group.items():
@@ -525,25 +572,34 @@ class Family(torch.optim.Optimizer):
         finally:
             last.remove()
         state_dict = hooked[0]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
+        for i, p, stride in self._strides(state_dict):
             if i in state_dict["state"]:
                 saved = state_dict["state"][i]
-                self.state[p] = {key: self._restore(p, key, a) for key, a in saved.items()}
+                self.state[p] = {key: self._restore(p, key, a, stride)
+                                 for key, a in saved.items()}
                 stale = self.state[p].get("residual")
                 if stale is not None and stale.dtype != residual(p.new_empty(0)).dtype:
                     del self.state[p]["residual"]
 
-    def _restore(self, p, key, value):
-        """A saved value on p's device in its own dtype, never in p's."""
+    def _strides(self, state_dict):
+        """(index in the checkpoint, parameter, every how many entries are sampled)."""
+        for theirs, group in zip(state_dict["param_groups"], self.param_groups):
+            stride = group.get("slice_p", self.stride)
+            yield from ((i, p, stride) for i, p in zip(theirs["params"], group["params"]))
+
+    def _restore(self, p, key, value, stride=1):
+        """A saved value on p's device in its own dtype, never in p's; whole ones are cut."""
         if not isinstance(value, Tensor):
             return value
         if key == "step":
             return value.to(dtype=torch.float32, copy=True)
         exact = key in self.stored or not value.is_floating_point()
         dtype = value.dtype if exact else working_dtype(p.dtype)
-        return value.to(device=p.device, dtype=dtype, copy=True)
+        value, part = value.to(device=p.device, dtype=dtype, copy=True), part_of(p)
+        sampled = key in self.sampled and stride > 1
+        if part and not part_of(value) and value.dim():
+            value = part.distribute(value, stride if sampled else 1)
+        return every(value, stride).clone() if sampled and value.shape == p.shape else value
 
     def convert(self, state_dict):
         """Turn a reference package's state_dict (already a copy) into this class's own."""
@@ -575,6 +631,11 @@ def number(name, value, dtype, device):
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def lined(t):
+    """t, or a one-entry view of a 0-d tensor (torch.atleast_1d takes ten times as long)."""
+    return t if t.dim() else t.view(1)
+
+
 class Scalars:
     """A dictionary's entries as attributes: a ``SimpleNamespace`` that torch.compile traces."""
 
@@ -602,7 +663,7 @@ def live(method, group):
 def load(p, g, s, h):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype))
+    g, bad = finite(g.to(x.dtype), h.alone)
     if h.maximize:
         g.neg_()
     return x, add_scaled_(g, x, h.weight_decay) if h.l2 else g, bad
@@ -625,6 +686,10 @@ def copied(state_dict):
 
 def check_gradient(p):
     g = p.grad
+    if g is None:  # of a sharded parameter, whose gradient other ranks have
+        return
+    if hasattr(g, "to_local") != hasattr(p, "to_local"):
+        raise RuntimeError("gradient and parameter must both be DTensors, or neither")
     if g.is_sparse or g.layout != torch.strided:
         raise RuntimeError("sparse gradients are not supported: use sparse=False in the embedding")
     if g.is_complex():

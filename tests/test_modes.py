@@ -14,6 +14,7 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prodigy
+from prodigy import vec
 from prodigy.optimizer import Family
 
 
@@ -62,6 +63,31 @@ def check_equal(case, **mode):
 @every_case
 def test_foreach_equals_loop(case):
     check_equal(case, foreach=True)
+
+
+@every_own_case
+@either_way
+def test_large_tensors_in_parts_give_the_same(case, foreach, monkeypatch):
+    """Cut where a method allows it, as large tensors are; foreach takes a few parts at once."""
+    whole = zoo.run(case, foreach=foreach)
+    monkeypatch.setattr(vec, "CHUNK", 4)
+    parts = zoo.run(case, foreach=foreach)
+    assert zoo.error(zoo.final(parts.problem), zoo.final(whole.problem)) < 1e-9
+    torch.testing.assert_close(parts.d, whole.d, rtol=1e-9, atol=0)
+
+
+def test_parts_of_a_tensor_and_its_buffers():
+    p, g, v, s = (torch.arange(n) for n in (3000, 3000, 3000, 273))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vec, "CHUNK", 500)
+        rows = vec.cut(p, g, {"v": v, "s": s}, 11)
+        assert [len(row[0]) for row in rows] == 6 * [495] + [30]
+        for row in rows:  # a part's slice belongs to the part
+            assert torch.equal(row[0][::11], 11 * row[2]["s"])
+        assert torch.equal(torch.cat([row[2]["v"] for row in rows]), v)
+        strided = torch.zeros(40, 40).t()
+        assert len(vec.cut(strided, strided, {})) == 1
+        assert [len(some) for some in vec.in_turn(rows)] == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("case", CAPTURABLE, ids=str)
