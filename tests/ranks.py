@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import prodigy
 
-STEPS = 50
+STEPS = 50  # of a network
+FEW = 24  # of least squares
 SHAPES = [*zoo.SHAPES, (33, 4), (5, 40)]  # with matrices worth factoring
 
 # the zoo's cases leave these out
@@ -140,7 +141,7 @@ def books(optimizer):
 
 def run(case, kind, **options):
     problem = Sharded(kind, case.holes) if isinstance(kind, str) else kind
-    result = zoo.run(case, STEPS, problem=problem, **options)
+    result = zoo.run(case, FEW, problem=problem, **options)
     return dict(d=result.d, final=final(problem), books=books(result.optimizer))
 
 
@@ -251,7 +252,7 @@ def steps(model, optimizer, data, how, closure=True):
             optimizer.step()
         ds.append(float(optimizer.param_groups[0].get("d", 0.0)))
     end = torch.cat([whole(p).double().flatten() for p in model.parameters()])
-    return dict(d=torch.tensor(ds, dtype=torch.float64), loss=torch.stack(losses), final=end,
+    return dict(d=torch.tensor(ds, dtype=torch.float64), loss=torch.tensor(losses), final=end,
                 books=books(optimizer))
 
 
@@ -285,7 +286,7 @@ def fused(name, _):
         for group in optimizer.param_groups if hooked else ():
             for p in group["params"]:
                 p.register_post_accumulate_grad_hook(functools.partial(hook, group=group))
-        runs.append(steps(model, optimizer, batches(STEPS), "fsdp", closure=False))
+        runs.append(steps(model, optimizer, batches(FEW), "fsdp", closure=False))
     return runs
 
 
@@ -297,7 +298,7 @@ def mixed(name, _):
     twin = [torch.nn.Parameter(whole(p).clone()) for p in model.parameters()]
     replay = zoo.make(KNOWN[name], twin)
     ds, dtypes = [], set()
-    for x, y in batches(STEPS, torch.float32):
+    for x, y in batches(FEW, torch.float32):
         optimizer.zero_grad()
         (model(share(x)) - share(y)).square().mean().backward()
         for p, q in zip(model.parameters(), twin):
@@ -397,3 +398,21 @@ def fold(name, _):
     other = zoo.make(KNOWN[name], model.parameters())
     other.load_state_dict(optimizer.state_dict())
     return steps(model, other, data[8:], "fsdp")
+
+
+# one step --------------------------------------------------------------------------------------
+
+
+def facts(base, _):
+    """Of a step with a hole in the last row's gradient, on a matrix of 44 x 100."""
+    p = torch.nn.Parameter(sharded(torch.ones(44, 100), "rows"))
+    optimizer = prodigy.Prodigy([p], slice_p=11, fsdp_in_use=True)
+    optimizer = optimizer if base == "Prodigy" else getattr(prodigy, base)(optimizer)
+    g = torch.ones(44, 100)
+    g[-1, 0] = torch.nan
+    p.grad = sharded(g, "rows")
+    optimizer.step()
+    saved = optimizer.state_dict()["state"][0]
+    return dict(holes=optimizer.nonfinite(), bytes=optimizer.state_bytes(),
+                types={type(t) for t in saved.values()}, gradient=whole(p.grad),
+                sampled=optimizer.state_dict()["state"][0]["p0"].shape)

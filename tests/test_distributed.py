@@ -1,7 +1,7 @@
 """Two and four processes take the steps of one: DDP, FSDP2 and DTensor, with gloo on the CPU.
 
-In float64 and with the same data in the same order, d and the parameters agree to 1e-8 over 50
-steps; d is the same on all ranks bit for bit. ranks.py holds what the processes run, all jobs of
+In float64 and with the same data in the same order, d and the parameters agree to 1e-8, for a
+network of every method over 50 steps; d is the same on all ranks bit for bit. ranks.py holds what the processes run, all jobs of
 one number of processes in one start of them.
 """
 
@@ -11,6 +11,9 @@ import pytest
 import ranks
 import torch
 import zoo
+from torch.distributed.tensor import DTensor
+
+import prodigy
 
 TOLERANCE = 1e-8
 NAMES = [case.name for case in ranks.DEFAULTS]
@@ -39,10 +42,11 @@ FREE = [case.name for case in ranks.DEFAULTS if case.schedule_free
         and case.cls not in zoo.WITH_LOSS.values()]
 SAVED = [*NAMES, *MORE]
 FOLDED = [name for name in SAVED if "torch" not in name]  # torch's own does not cut what it loads
+FACTS = ["Prodigy", "Mechanic", "ScheduleFreeWrapper"]
 
 JOBS = {
     2: dict(least_squares=TWO, lacking=SAVED, networks=NETWORKS, fused=STEPWISE, mixed=MIXED,
-            modes=FREE, save=SAVED, fold=FOLDED),
+            modes=FREE, save=SAVED, fold=FOLDED, facts=FACTS),
     4: dict(least_squares=FOUR, networks=HYBRID, resume=SAVED),
     1: dict(resume=SAVED),
 }
@@ -166,3 +170,19 @@ def test_a_whole_state_dict_goes_on_without_shards(name, of, shared):
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_state_dict_of_one_process_goes_on_over_shards(name, of):
     agree(of(2, "fold", name), ranks.train(name, "plain", 16, skip=8))
+
+
+@pytest.mark.parametrize("base", FACTS)
+def test_holes_count_once_and_samples_are_as_small_as_on_one_process(base, of):
+    for mine in of(2, "facts", base):
+        assert mine["holes"] == 1 and mine["gradient"].isnan().sum() == 1
+        words = 2 + 2 / 11 + dict(Prodigy=0, Mechanic=2, ScheduleFreeWrapper=1)[base]
+        assert mine["bytes"] / 4 == pytest.approx(words, rel=1e-6)
+        assert mine["types"] == {DTensor} and mine["sampled"] == (44, 100)
+
+
+def test_flat_parameters_of_fsdp1_are_refused_in_words():
+    p = torch.nn.Parameter(torch.ones(3))
+    p._fsdp_flattened = True
+    with pytest.raises(TypeError, match="use fully_shard"):
+        prodigy.SGD([p], lr=0.1)
