@@ -290,11 +290,11 @@ class Family(torch.optim.Optimizer):
         batches = self.gather()
         self._set_scalars(batches)
         if self.look is not None and batches:
-            self.prepare(*self._totals({}, batches, "_look"))
+            self.prepare(*self._totals(self._sums(batches, "_look")))
             self._set_scalars(batches)
-        pending = self.__dict__.pop("_pending", {})
+        pending = self.__dict__.pop("_pending", [])
         self.__dict__.pop("_taken", None)
-        groups, totals = self._totals(pending, batches, "_pass")
+        groups, totals = self._totals(pending + self._sums(batches, "_pass"))
         if not groups:
             return
         for group, sums in zip(groups, totals):
@@ -329,8 +329,7 @@ class Family(torch.optim.Optimizer):
                                "pass of an accumulation only")
         batches = self.gather(only=(group, p))
         self._set_scalars(batches)
-        pending = self.__dict__.setdefault("_pending", {})
-        self._add(pending, batches, "_pass")
+        self.__dict__.setdefault("_pending", []).extend(self._sums(batches, "_pass"))
         taken.add(p)
 
     def gather(self, only=None):
@@ -414,10 +413,8 @@ class Family(torch.optim.Optimizer):
         known |= {"l2": decays and not apart, "decouple": decays and apart}
         return {**known, "lr": rate(group)}
 
-    def _totals(self, pending, batches, name):
-        """(groups, for each the sums over its tensors), after adding the batches to pending."""
-        self._add(pending, batches, name)
-        rows = list(pending.values())
+    def _totals(self, rows):
+        """(groups, for each the sums over its tensors, on all ranks) from rows of ``_sums``."""
         totals = {}
         for (group, _, _), sums in zip(rows, everywhere([row[1:] for row in rows])):
             _, so_far = totals.get(id(group), (None, None))
@@ -426,14 +423,9 @@ class Family(torch.optim.Optimizer):
             totals[id(group)] = group, sums
         return [group for group, _ in totals.values()], [sums for _, sums in totals.values()]
 
-    def _add(self, pending, batches, name):
-        """Run the batches; pending: {key: (group, a part, this rank's sums)}."""
-        for b in batches:
-            sums, part = self._run(b, name), b.parts[0]
-            key = id(b.group), part and part.ranks
-            if key in pending:
-                sums = [a + s.to(a.device) for a, s in zip(pending[key][2], sums)]
-            pending[key] = b.group, part, sums
+    def _sums(self, batches, name):
+        """[(group, part, sums over this rank's tensors)] of each batch, which is run."""
+        return [(b.group, b.parts[0], self._run(b, name)) for b in batches]
 
     def _run(self, b, name):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""

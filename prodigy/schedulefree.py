@@ -159,7 +159,7 @@ class ScheduleFree(Family):
             self.validate(own)
         batches = super().gather(only)
         pending = self.__dict__.get("_pending", ())
-        moving = {*(i for i, _ in pending), *(id(b.group) for b in batches)}
+        moving = {*(id(group) for group, _, _ in pending), *(id(b.group) for b in batches)}
         self._follow(moving, only and only[1])
         return batches
 

@@ -35,11 +35,16 @@ class Part:
         self.axes = {i: q.dim for i, q in enumerate(placements) if hasattr(q, "dim")}
         self.ranks = (mesh, *self.axes) if self.axes else ()  # over whom sums run, as a key
         self.groups = [(mesh.get_group(i), axis) for i, axis in self.axes.items()]
+        self.known = {}
         self.first = all(mesh.get_local_rank(i) == 0 for i in self.axes)
 
-    @functools.cache
     def every(self, p, device):
         """Index, in the flattened piece, of those entries that are p-th ones of the whole."""
+        if (p, device) not in self.known:  # from before the step: nothing for torch.compile
+            self.known[p, device] = self._every(p, device)
+        return self.known[p, device]
+
+    def _every(self, p, device):
         if self.size[1:] == self.shape[1:]:  # cut along the first axis: one run of entries
             return slice(-sum(self.offset[:1]) * math.prod(self.shape[1:]) % p, None, p)
         at = torch.zeros((), dtype=torch.int64, device=device)

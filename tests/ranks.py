@@ -1,6 +1,6 @@
-"""What the processes of test_distributed.py do: each job runs on every rank and returns results.
+"""What the processes of test_distributed.py do: a job takes one row of its list on every rank.
 
-    launch(world, job, **arguments)   start gloo processes; [what each rank returned]
+    launch(world, jobs, folder)   start gloo processes; for each rank {job: [result of each row]}
 """
 
 import functools
@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import prodigy
 
-STEPS = 50
+STEPS = 50  # of a network
+FEW = 24  # of least squares
 SHAPES = [*zoo.SHAPES, (33, 4), (5, 40)]  # with matrices worth factoring
-
 
 # the zoo's cases leave these out
 MORE = [
@@ -41,27 +41,28 @@ DEFAULTS = [replace(case, name=f"default-{case.name}") for case in zoo.METHODS]
 KNOWN = {case.name: case for case in (*DEFAULTS, *zoo.CASES, *MORE)}
 
 
-def launch(world, job, **arguments):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_start, (world, folder, job, arguments), nprocs=world)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+def launch(world, jobs, folder):
+    with tempfile.TemporaryDirectory() as own:
+        torch.multiprocessing.spawn(_start, (world, own, jobs, folder), nprocs=world)
+        return [torch.load(f"{own}/{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _start(rank, world, folder, job, arguments):
+def _start(rank, world, own, jobs, folder):
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    store = dist.FileStore(f"{folder}/store", world)
+    store = dist.FileStore(f"{own}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(seconds=120))
-    torch.save(globals()[job](**arguments), f"{folder}/{rank}.pt")
+    results = {name: [tried(globals()[name], row, folder) for row in rows]
+               for name, rows in jobs.items()}
+    torch.save(results, f"{own}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def tried(function, *arguments, **options):
+def tried(job, row, folder):
     """What it returns, or the traceback as a string."""
     try:
-        return function(*arguments, **options)
+        return job(row, folder)
     except Exception:
         return traceback.format_exc()
 
@@ -140,13 +141,13 @@ def books(optimizer):
 
 def run(case, kind, **options):
     problem = Sharded(kind, case.holes) if isinstance(kind, str) else kind
-    result = zoo.run(case, STEPS, problem=problem, **options)
+    result = zoo.run(case, FEW, problem=problem, **options)
     return dict(d=result.d, final=final(problem), books=books(result.optimizer))
 
 
-def least_squares(rows):
-    """rows: [(name, kind of sharding, options)] over the cases of the zoo and those below."""
-    return [tried(run, KNOWN[name], kind, **options) for name, kind, options in rows]
+def least_squares(row, _):
+    name, kind, options = row
+    return run(KNOWN[name], kind, **options)
 
 
 # gradients that one rank alone lacks -----------------------------------------------------------
@@ -182,8 +183,8 @@ class Halved(zoo.LeastSquares):
                     rows[-1].zero_()
 
 
-def lacking(names):
-    return [tried(run, KNOWN[name], Lacking("rows")) for name in names]
+def lacking(name, _):
+    return run(KNOWN[name], Lacking("rows"))
 
 
 # networks --------------------------------------------------------------------------------------
@@ -204,17 +205,18 @@ def batches(steps, dtype=torch.float64, size=8):
     return list(zip(x.to(dtype), y.to(dtype)))
 
 
-def share(t):
-    if not dist.is_initialized():
+def share(t, how="fsdp"):
+    """This rank's rows."""
+    if how == "plain":
         return t
     return t.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def mean(t):
+def mean(t, how):
     """Over ranks, where there are any."""
-    if not dist.is_initialized():
-        return t.detach()
     t = t.detach().clone()
+    if how == "plain":
+        return t
     dist.all_reduce(t)
     return t / dist.get_world_size()
 
@@ -238,9 +240,9 @@ def steps(model, optimizer, data, how, closure=True):
 
         def evaluate():
             optimizer.zero_grad()
-            loss = (model(share(x)) - share(y)).square().mean()
+            loss = (model(share(x, how)) - share(y, how)).square().mean()
             loss.backward()
-            losses.append(mean(loss))
+            losses.append(mean(loss, how))
             return losses[-1] if how == "ddp" else loss.detach()
 
         if closure:
@@ -250,28 +252,32 @@ def steps(model, optimizer, data, how, closure=True):
             optimizer.step()
         ds.append(float(optimizer.param_groups[0].get("d", 0.0)))
     end = torch.cat([whole(p).double().flatten() for p in model.parameters()])
-    return dict(d=torch.tensor(ds, dtype=torch.float64), loss=torch.stack(losses), final=end,
+    return dict(d=torch.tensor(ds, dtype=torch.float64), loss=torch.tensor(losses), final=end,
                 books=books(optimizer))
 
 
-def train(case, how, count=STEPS, **options):
-    model = on_ranks(network(), how)
-    return steps(model, zoo.make(case, model.parameters(), **options), batches(count), how)
+def train(name, how, count=STEPS, skip=0):
+    """The last steps, after so many others, of a run."""
+    model, data = on_ranks(network(), how), batches(count)
+    optimizer = zoo.make(KNOWN[name], model.parameters())
+    steps(model, optimizer, data[:skip], how)
+    return steps(model, optimizer, data[skip:], how)
 
 
-def networks(rows):
-    return [tried(train, KNOWN[name], how, **options) for name, how, options in rows]
+def networks(row, _):
+    name, how, options = row
+    return train(name, how)
 
 
 # policies, fused backward, modes ---------------------------------------------------------------
 
 
-def fused(case, how):
-    """FSDP2 with each shard stepped as soon as its gradient is reduced; and without."""
+def fused(name, _):
+    """Without, and with each shard stepped as soon as its gradient is reduced."""
     runs = []
     for hooked in (False, True):
-        model = on_ranks(network(), how)
-        optimizer = zoo.make(case, model.parameters())
+        model = on_ranks(network(), "fsdp")
+        optimizer = zoo.make(KNOWN[name], model.parameters())
 
         def hook(p, group):
             optimizer.step_param(p, group)
@@ -280,20 +286,19 @@ def fused(case, how):
         for group in optimizer.param_groups if hooked else ():
             for p in group["params"]:
                 p.register_post_accumulate_grad_hook(functools.partial(hook, group=group))
-        runs.append(steps(model, optimizer, batches(STEPS), how, closure=False))
+        runs.append(steps(model, optimizer, batches(FEW), "fsdp", closure=False))
     return runs
 
 
-def mixed(case):
+def mixed(name, _):
     """bfloat16 compute, float32 shards; the same gradients replayed on one process."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = on_ranks(network(torch.float32)[:3], "fsdp", policy)
-    optimizer = zoo.make(case, model.parameters())
+    optimizer = zoo.make(KNOWN[name], model.parameters())
     twin = [torch.nn.Parameter(whole(p).clone()) for p in model.parameters()]
-    replay = zoo.make(case, twin)
+    replay = zoo.make(KNOWN[name], twin)
     ds, dtypes = [], set()
-    model.eval()
-    for x, y in batches(STEPS, torch.float32):
+    for x, y in batches(FEW, torch.float32):
         optimizer.zero_grad()
         (model(share(x)) - share(y)).square().mean().backward()
         for p, q in zip(model.parameters(), twin):
@@ -307,10 +312,10 @@ def mixed(case):
     return dict(d=torch.tensor(ds), ends=ends, dtypes=dtypes)
 
 
-def modes(case, how):
+def modes(name, folder, how="fsdp"):
     """Training with a look at x after every third step, in each way there is."""
     model = on_ranks(network(), how)
-    optimizer = zoo.make(case, model.parameters())
+    optimizer = zoo.make(KNOWN[name], model.parameters())
     seen = []
     for i, batch in enumerate(batches(12)):
         steps(model, optimizer, [batch], how, closure=False)
@@ -325,7 +330,7 @@ def modes(case, how):
             seen.append(outputs(model, batch[0]))
     optimizer.update_bn(batches(4), model)  # the same rows on every rank
     state = optimizer.averaged_state_dict(model)
-    seen += [whole(state[name]).flatten() for name in sorted(state) if "num" not in name]
+    seen += [whole(state[key]).flatten() for key in sorted(state) if "num" not in key]
     return torch.cat(seen)
 
 
@@ -338,80 +343,76 @@ def outputs(model, x):
     return out
 
 
-def more(fused_names, mixed_names, modes_names):
-    return [[tried(fused, KNOWN[name], "fsdp") for name in fused_names],
-            [tried(mixed, KNOWN[name]) for name in mixed_names],
-            [tried(modes, KNOWN[name], "fsdp") for name in modes_names]]
+# checkpoints -----------------------------------------------------------------------------------
 
 
-# torch.distributed.checkpoint ------------------------------------------------------------------
+def state_of(model, optimizer, **options):
+    options = StateDictOptions(**options)
+    return {"model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
 
 
-def checkpoint(names, folder, resume):
-    """Save after 8 of 16 steps, or load and take the other 8: (d, loss, parameters) of these."""
-    return [tried(_checkpoint, KNOWN[name], f"{folder}/{name}", resume) for name in names]
+def give(state, model, optimizer):
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
-def _checkpoint(case, folder, resume):
-    model = on_ranks(network(), "fsdp")
-    optimizer, data = zoo.make(case, model.parameters()), batches(16)
-    if not resume:
-        steps(model, optimizer, data[:8], "fsdp")
-    state = {"model": get_model_state_dict(model),
-             "optimizer": get_optimizer_state_dict(model, optimizer)}
-    if resume:
-        dcp.load(state, checkpoint_id=folder)
-        set_model_state_dict(model, state["model"])
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    else:
-        dcp.save(state, checkpoint_id=folder)
-        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        whole_state = [get_model_state_dict(model, options=full),
-                       get_optimizer_state_dict(model, optimizer, options=full)]
-        if dist.get_rank() == 0:
-            torch.save(whole_state, f"{folder}.pt")
+def save(name, folder):
+    """A checkpoint after 8 of 16 steps, whole and in shards; the other 8."""
+    model, data = on_ranks(network(), "fsdp"), batches(16)
+    optimizer = zoo.make(KNOWN[name], model.parameters())
+    steps(model, optimizer, data[:8], "fsdp")
+    dcp.save(state_of(model, optimizer), checkpoint_id=f"{folder}/{name}")
+    unsharded_state = state_of(model, optimizer, full_state_dict=True, cpu_offload=True)
+    if dist.get_rank() == 0:
+        torch.save(unsharded_state, f"{folder}/{name}.pt")
     return steps(model, optimizer, data[8:], "fsdp")
 
 
-def unsharded(case, file):
-    """The same from the whole state dict, on one process without any sharding."""
+def resume(name, folder):
+    """The other 8 steps, from the shards."""
+    model = on_ranks(network(), "fsdp")
+    optimizer = zoo.make(KNOWN[name], model.parameters())
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=f"{folder}/{name}")
+    give(state, model, optimizer)
+    return steps(model, optimizer, batches(16)[8:], "fsdp")
+
+
+def unsharded(name, file):
+    """The same from the whole state, on one process without any sharding."""
     model = network()
-    optimizer = zoo.make(case, model.parameters())
-    weights, state = torch.load(file, weights_only=True)
-    set_model_state_dict(model, weights)
-    set_optimizer_state_dict(model, optimizer, state)
+    optimizer = zoo.make(KNOWN[name], model.parameters())
+    give(torch.load(file, weights_only=True), model, optimizer)
     return steps(model, optimizer, batches(16)[8:], "plain")
 
 
-def folded(case):
-    """A state dict of one process in an optimizer over shards, and the run goes on."""
-    whole_model = network()
-    optimizer, data = zoo.make(case, whole_model.parameters()), batches(16)
-    train_alone(whole_model, optimizer, data[:8])
+def fold(name, _):
+    """8 steps on one process, whose state dict an optimizer over shards takes for the other 8."""
+    single, data = network(), batches(16)
+    optimizer = zoo.make(KNOWN[name], single.parameters())
+    steps(single, optimizer, data[:8], "plain")
     model = on_ranks(network(), "fsdp")
-    for p, q in zip(model.parameters(), whole_model.parameters()):
-        p.to_local().data.copy_(sharded_like(q.detach(), p))
-    other = zoo.make(case, model.parameters())
+    full = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, single.state_dict(), options=full)
+    other = zoo.make(KNOWN[name], model.parameters())
     other.load_state_dict(optimizer.state_dict())
     return steps(model, other, data[8:], "fsdp")
 
 
-def sharded_like(t, p):
-    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None).to_local()
+# one step --------------------------------------------------------------------------------------
 
 
-def train_alone(model, optimizer, data):
-    model.eval()
-    for x, y in data:
-
-        def closure():
-            optimizer.zero_grad()
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            return loss.detach()
-
-        optimizer.step(closure)
-
-
-def fold(names):
-    return [tried(folded, KNOWN[name]) for name in names]
+def facts(base, _):
+    """Of a step with a hole in the last row's gradient, on a matrix of 44 x 100."""
+    p = torch.nn.Parameter(sharded(torch.ones(44, 100), "rows"))
+    optimizer = prodigy.Prodigy([p], slice_p=11, fsdp_in_use=True)
+    optimizer = optimizer if base == "Prodigy" else getattr(prodigy, base)(optimizer)
+    g = torch.ones(44, 100)
+    g[-1, 0] = torch.nan
+    p.grad = sharded(g, "rows")
+    optimizer.step()
+    saved = optimizer.state_dict()["state"][0]
+    return dict(holes=optimizer.nonfinite(), bytes=optimizer.state_bytes(),
+                types={type(t) for t in saved.values()}, gradient=whole(p.grad),
+                sampled=optimizer.state_dict()["state"][0]["p0"].shape)
