@@ -21,6 +21,7 @@ use it as scratch. The loop over parameters stands in ``Family._pass`` and nowhe
 import functools
 import inspect
 import logging
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -75,6 +76,7 @@ RANGES = {
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
             "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
+NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
          "use_bias_correction", "safeguard_warmup", "fsdp_in_use", "cosine_decay", "split_groups",
@@ -129,7 +131,8 @@ class Family(torch.optim.Optimizer):
         on CUDA, as in torch.optim).
     maximize (bool): step up instead of down.
     capturable (bool): keep step counts and a tensor ``lr`` on the device.
-    compile (bool): run the pass under ``torch.compile``.
+    compile (bool): run the pass under ``torch.compile``; the first step then takes up to a minute
+        or two, and seconds where Inductor's cache has it. Without a compiler: a warning, no error.
     differentiable, fused: accepted for torch.optim's sake, refused with a ValueError when set.
 
     Parameters may be DTensors (FSDP2, tensor parallelism), plain tensors, or both. A rank steps
@@ -431,7 +434,7 @@ class Family(torch.optim.Optimizer):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
         group, device = b.group, b.params[0].device
         h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
-        h["alone"] = not self.sums or group.get("slice_p", 1) > 1
+        h["alone"] = not self.sums or group.get("slice_p", 1) > 1  # see pieces.finite
         if self._rounds_at_random(group, b.params[0]) and isinstance(group["k"], int):
             place = [id(g) for g in self.param_groups].index(id(group))
             first = [id(p) for p in group["params"]].index(id(b.params[0]))
@@ -444,15 +447,23 @@ class Family(torch.optim.Optimizer):
         h["parts"] = b.parts
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
         run = getattr(self, name)
-        if group["compile"]:
+        if group["compile"] and not self.__dict__.get("_no_compiler"):
             dtype = working_dtype(b.params[0].dtype)
-            for key, a in h.items():
-                if isinstance(a, float):
-                    h[key] = number(key, a, dtype, device)
+            numbers = {key: number(key, a, dtype, device) if isinstance(a, float) else a
+                       for key, a in h.items()}
             # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-            params, grads = map(lined, params), map(lined, grads)
-            states = [{key: lined(t) for key, t in s.items()} for s in states]
-            return self._compiled(run)(list(params), list(grads), states, h)
+            lines = [{key: lined(t) for key, t in s.items()} for s in states]
+            try:
+                return self._compiled(run)(
+                    list(map(lined, params)), list(map(lined, grads)), lines, numbers)
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing is written yet
+                if type(error.inner_exception).__name__ not in NO_COMPILER:
+                    raise
+                self._no_compiler = True
+                warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by "
+                              "CXX, on a GPU Triton): the step runs without, with the same "
+                              f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
+                              stacklevel=2)
         rows = list(zip(params, grads, states, b.parts))
         if self.by_entry:
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]

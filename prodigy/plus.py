@@ -267,7 +267,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         before = self.denominator(s, point, h) if h.use_adopt else None
         if "rms_sq" in s:
             g = orthogonalised(g, h.part)
-        dg = g * h.d
+        dg = g.mul_(h.d) if "z" in s else g * h.d
         self.second_moment(s, dg.square(), point, h)
         if h.first:
             return

@@ -158,21 +158,20 @@ def cut(p, g, s, part, stride=1):
 
 
 def in_turn(rows):
-    """Lists of rows that foreach takes at once, each with an eighth of all entries or more.
+    """Lists of rows that foreach takes at once, each with at most an eighth of all entries.
 
-    A body holds up to five temporaries at a time; together they then stay below the size of the
+    A body holds up to six temporaries at a time; together they then stay below the size of the
     parameters, unless those are few or one tensor that cannot be cut is most of them.
     """
     limit = max(sum(row[0].numel() for row in rows) / 8, CHUNK)
     some, size = [], 0
     for row in rows:
-        some.append(row)
-        size += row[0].numel()
-        if size >= limit:
+        if some and size + row[0].numel() > limit:
             yield some
             some, size = [], 0
-    if some:
-        yield some
+        some.append(row)
+        size += row[0].numel()
+    yield some
 
 
 def stack(rows):

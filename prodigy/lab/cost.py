@@ -14,15 +14,21 @@ import io
 import re
 import time
 import weakref
+from functools import partial
+from pkgutil import resolve_name
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
+
+import prodigy
 
 from .train import QUIET
 
@@ -48,7 +54,39 @@ def gpt(width=448, layers=6, vocabulary=2048, context=512):
     return [(vocabulary, width), (context, width), *block * layers, vector, vector]
 
 
-NETWORKS = {"resnet18": resnet18(), "gpt": gpt(), "gpt, 2 wide layers": gpt(768, 2, 1024, 256)}
+NETWORKS = {
+    "two matrices": [(256, 256), (256, 256), (256,)],
+    "gpt, 2 layers": gpt(512, 2, 1024, 256),
+    "gpt": gpt(),
+    "gpt, 124 M": gpt(768, 12, 50304, 1024),
+    "resnet18": resnet18(),
+}
+SLICED = "Prodigy, slice_p 11"
+# method: (class or what makes it, its reference as package:class or "")
+METHODS = {
+    "SGD": (prodigy.SGD, ""),
+    "Adagrad": (prodigy.Adagrad, ""),
+    "RMSprop": (prodigy.RMSprop, ""),
+    "Adam": (prodigy.Adam, ""),
+    "AdamW": (prodigy.AdamW, "torch.optim:AdamW"),
+    "D-Adapt SGD": (prodigy.DAdaptSGD, "dadaptation:DAdaptSGD"),
+    "D-Adapt AdaGrad": (prodigy.DAdaptAdaGrad, "dadaptation:DAdaptAdaGrad"),
+    "D-Adapt Adam": (prodigy.DAdaptAdam, "dadaptation:DAdaptAdam"),
+    "Prodigy": (prodigy.Prodigy, "prodigyopt:Prodigy"),
+    SLICED: (partial(prodigy.Prodigy, slice_p=11), "prodigyopt:Prodigy"),
+    "Schedule-Free SGD": (prodigy.SGDScheduleFree, "schedulefree:SGDScheduleFree"),
+    "Schedule-Free AdamW": (prodigy.AdamWScheduleFree, "schedulefree:AdamWScheduleFree"),
+    "Schedule-Free RAdam": (prodigy.RAdamScheduleFree, "schedulefree:RAdamScheduleFree"),
+    "Prodigy + Schedule-Free": (prodigy.ProdigyPlusScheduleFree,
+                                "prodigyplus:ProdigyPlusScheduleFree"),
+    "DoG": (prodigy.DoG, ""),
+    "L-DoG": (prodigy.LDoG, ""),
+    "DoWG": (prodigy.DoWG, ""),
+    "COCOB": (prodigy.COCOB, ""),
+    "Schedule-Free Polyak": (prodigy.ScheduleFreePolyak, ""),
+    "ScheduleFree+": (prodigy.ScheduleFreePlus, ""),
+    "D-Adapt Resetting": (prodigy.DAdaptResetting, ""),
+}
 
 
 def parameters(shapes, device="cpu", seed=0):
@@ -121,6 +159,53 @@ def seconds(step, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
+    """The methods beside torch's AdamW (fused and foreach) and their references, one table.
+
+    Args:
+        network: a key of ``NETWORKS``.
+        names: keys of ``METHODS``, run eager and beside a reference that is installed.
+        compiled: those of them that are compiled too.
+
+    Returns:
+        DataFrame with method, mode (fused, foreach, eager, compiled, reference), ratio with its
+        quartiles, floor (words over those of AdamW), words, bytes_per_parameter, reference (the
+        package), device, torch, network; and as its attrs["first"] the seconds of first steps.
+    """
+    adamw = torch.optim.AdamW
+    makers = {("AdamW", "fused"): partial(adamw, fused=True),
+              ("AdamW", "foreach"): partial(adamw, foreach=True)}
+    for name in names:
+        make, reference = METHODS[name]
+        makers[name, "eager"] = make
+        if name in compiled:
+            makers[name, "compiled"] = partial(make, compile=True)
+        if reference and name != "AdamW" and (theirs := installed(reference)):
+            makers[name, "reference"] = partial(theirs, **getattr(make, "keywords", {}))
+    table = compare(makers, NETWORKS[network], rounds, device, seed).reset_index()
+    first = table.pop("first")
+    table.insert(0, "mode", [mode for _, mode in table.name])
+    table.insert(0, "method", [method for method, _ in table.pop("name")])
+    floor = {name: words(METHODS[name][0]) for name in {*names, "AdamW"}}
+    table.insert(5, "words", table.method.map(floor))
+    table.insert(5, "floor", table.words / floor["AdamW"])
+    packages = {name: reference.split(":")[0] for name, (_, reference) in METHODS.items()}
+    device = torch.device(device)
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    table = table.assign(reference=table.method.map(packages), device=named,
+                         torch=torch.__version__, network=network)
+    table.attrs["first"] = dict(zip(makers, first))
+    return table
+
+
+def installed(reference):
+    """The class that package:class names, or None where the package is missing."""
+    try:
+        return resolve_name(reference)
+    except ImportError:
+        return None
 
 
 # memory ------------------------------------------------------------------------------------------
@@ -238,7 +323,10 @@ def merged(phases):
 def generated(make, shape=(600, 1000)):
     """The C++ program that Inductor makes of a step over one matrix on the CPU."""
     torch._dynamo.reset()
-    return run_and_get_code(stepper(build(make, [shape])))[1][-1]
+    step = stepper(build(partial(make, compile=True), [shape]))
+    # programs that are taken from these caches have no text
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        return run_and_get_code(step)[1][-1]
 
 
 def loops(code, entries):
