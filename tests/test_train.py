@@ -194,6 +194,13 @@ def test_without_a_compiler_the_graph_runs_and_says_so(monkeypatch):
     np.testing.assert_array_equal(trace.loss, expected.loss)
 
 
+def test_what_is_the_same_for_all_runs_is_kept_once():
+    out = torch.func.vmap(lambda x: {"own": x + 1, "same": torch.arange(3.0)})(torch.zeros(4))
+    tensors, dims = train.apart(out)
+    assert dims == {"own": 0, "same": None}
+    assert tensors["own"].shape == (4,) and torch.equal(tensors["same"], torch.arange(3.0))
+
+
 def test_runs_measured_in_shares_give_the_same_numbers(monkeypatch):
     assert train.share_of(130, 10, most=700) == 65 and train.share_of(7, 10, most=60) == 1
     assert train.share_of(7, 10, most=70) == 7
