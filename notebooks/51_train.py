@@ -50,8 +50,8 @@ def train(model, optimizer, images, labels):
     """A row (step, d, loss over the whole batch) for every step taken."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows, first = [], 0
-    saved = [int(path.parent.name) for path in Path(options.checkpoint).glob("*/.metadata")]
-    if options.checkpoint and saved:
+    kept = Path(options.checkpoint).glob("*/.metadata") if options.checkpoint else ()
+    if saved := [int(path.parent.name) for path in kept]:
         first = max(saved)
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)), rows=rows)
         dcp.load(state, checkpoint_id=f"{options.checkpoint}/{first}")

@@ -1,8 +1,8 @@
 """Two and four processes take the steps of one: DDP, FSDP2 and DTensor, with gloo on the CPU.
 
 In float64 and with the same data in the same order, d and the parameters agree to 1e-8, for a
-network of every method over 50 steps; d is the same on all ranks bit for bit. ranks.py holds what the processes run, all jobs of
-one number of processes in one start of them.
+network of every method over 50 steps; d is the same on all ranks bit for bit. ranks.py holds what
+the processes run, all jobs of one number of processes in one start of them.
 """
 
 import fcntl

@@ -83,13 +83,13 @@ def test_parts_of_a_tensor_and_its_buffers():
     p, g, v, s = (torch.arange(n) for n in (3000, 3000, 3000, 273))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vec, "CHUNK", 500)
-        rows = vec.cut(p, g, {"v": v, "s": s}, 11)
+        rows = vec.cut(p, g, {"v": v, "s": s}, None, 11)
         assert [len(row[0]) for row in rows] == 6 * [495] + [30]
         for row in rows:  # a part's slice belongs to the part
             assert torch.equal(row[0][::11], 11 * row[2]["s"])
         assert torch.equal(torch.cat([row[2]["v"] for row in rows]), v)
         strided = torch.zeros(40, 40).t()
-        assert len(vec.cut(strided, strided, {})) == 1
+        assert len(vec.cut(strided, strided, {}, None)) == 1
         patch.setattr(vec, "CHUNK", 1000)
         assert [len(some) for some in vec.in_turn(rows)] == [2, 2, 2, 1]
 
@@ -391,7 +391,7 @@ with warnings.catch_warnings(record=True) as heard:
     compiled, d = run(True)
 plain, e = run(False)
 assert torch.equal(compiled, plain) and d == e
-print(*[str(w.message) for w in heard if "compile" in str(w.message)], sep="\\n")
+print(*[str(w.message) for w in heard if "compile=True" in str(w.message)], sep="\\n")
 """
 
 
