@@ -21,6 +21,7 @@ use it as scratch. The loop over parameters stands in ``Family._pass`` and nowhe
 import functools
 import inspect
 import logging
+import operator
 import warnings
 from types import SimpleNamespace
 
@@ -76,6 +77,13 @@ RANGES = {
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
             "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
+# tensors in a compiled graph: in larger ones Inductor (torch 2.13) no longer fuses what is computed
+# with what is written, which stand far apart; and graphs of like layers are compiled once
+GRAPH = 8
+# of Inductor: loops become one only if they share more than a few scalars, and what two loops need
+# is computed twice rather than written to memory; shapes are guarded already
+OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
+           "realize_opcount_threshold": 1000, "size_asserts": False}
 NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -352,9 +360,9 @@ class Family(torch.optim.Optimizer):
         for group, params in active:
             if params:
                 self._place(group)
-            frozen = self.freezes and known_zero(rate(group))
+            frozen, buffers = self.freezes and known_zero(rate(group)), self.buffers(group)
             for p in params:
-                s = self._ready(group, p)
+                s = self._ready(group, p, buffers)
                 if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
                 t, clock = self._tick(group, s, working_dtype(p.dtype))
@@ -368,10 +376,10 @@ class Family(torch.optim.Optimizer):
                 batches[key].parts.append(part)
         return list(batches.values())
 
-    def _ready(self, group, p):
+    def _ready(self, group, p, buffers):
         """The state of one parameter, with every buffer the method asks for."""
         s = self.state[p]
-        for name, make in self.buffers(group).items():
+        for name, make in buffers.items():
             if name not in s and (buffer := make(p)) is not None:
                 s[name] = buffer
         wide = p.dtype == working_dtype(p.dtype) or self._rounds_at_random(group, p)
@@ -444,41 +452,45 @@ class Family(torch.optim.Optimizer):
         params, grads = [local(p) for p in b.params], [gradient(p) for p in b.params]
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
         states = [{key: local(s[key]) for key in keys} for s in b.states]
-        h["parts"] = b.parts
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
-        run = getattr(self, name)
+        rows, run = list(zip(params, grads, states, b.parts)), getattr(self, name)
         if group["compile"] and not self.__dict__.get("_no_compiler"):
             dtype = working_dtype(b.params[0].dtype)
             numbers = {key: number(key, a, dtype, device) if isinstance(a, float) else a
                        for key, a in h.items()}
-            # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-            lines = [{key: lined(t) for key, t in s.items()} for s in states]
-            try:
-                return self._compiled(run)(
-                    list(map(lined, params)), list(map(lined, grads)), lines, numbers)
-            except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing is written yet
-                if type(error.inner_exception).__name__ not in NO_COMPILER:
-                    raise
-                self._no_compiler = True
-                warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by "
-                              "CXX, on a GPU Triton): the step runs without, with the same "
-                              f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
-                              stacklevel=2)
-        rows = list(zip(params, grads, states, b.parts))
+            sums = [self._compiled(run, rows[i : i + GRAPH], h, numbers)
+                    for i in range(0, len(rows), GRAPH)]
+            return [functools.reduce(operator.add, same) for same in zip(*sums)]
         if self.by_entry:
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
             rows = [stack(some) for some in in_turn(rows)]
-        params, grads, states, parts = zip(*rows)
-        return run(params, grads, states, {**h, "parts": parts})
+        return run(*columns(rows, h))
 
-    def _compiled(self, run):
-        name = f"_compiled{run.__name__}"
-        if name not in self.__dict__:
+    def _compiled(self, run, rows, h, numbers):
+        """run over a few rows as one graph, kept for rows of the same shapes."""
+        graphs = self.__dict__.setdefault("_graphs", {})
+        key = run.__name__, *(row[0].shape for row in rows)
+        if key not in graphs:
             known = inspect.signature(torch.compile).parameters
             alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-            self.__dict__[name] = torch.compile(run, fullgraph=True, dynamic=False, **alone)
-        return self.__dict__[name]
+            graphs[key] = torch.compile(run, fullgraph=True, dynamic=False, options=OPTIONS,
+                                        **alone)
+        # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
+        lines = [(lined(p), lined(g), {name: lined(t) for name, t in s.items()}, part)
+                 for p, g, s, part in rows]
+        try:
+            return graphs[key](*columns(lines, numbers))
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # of these rows nothing is written
+            if type(error.inner_exception).__name__ not in NO_COMPILER:
+                raise
+            if not self.__dict__.get("_no_compiler"):
+                warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by "
+                              "CXX, on a GPU Triton): the step runs without, with the same "
+                              f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
+                              stacklevel=2)
+            self._no_compiler = True
+            return run(*columns(rows, h))
 
     def _pass(self, params, grads, states, h):
         """The loop over parameters: load, observe, advance, store."""
@@ -622,6 +634,12 @@ def given(names):
     """What an ``__init__`` hands on: its arguments by name, from its ``locals()``."""
     own = {n: a for n, a in names.items() if n not in ("self", "__class__", "modes")}
     return own | names["modes"]
+
+
+def columns(rows, h):
+    """Arguments of a pass over rows (p, g, {name: buffer}, part)."""
+    params, grads, states, parts = map(list, zip(*rows))
+    return params, grads, states, {**h, "parts": parts}
 
 
 @functools.lru_cache(maxsize=4096)

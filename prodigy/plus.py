@@ -237,12 +237,12 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
                             for name, value in SPEED.items()}
         return names | {"s": lambda p: wide_zeros(every(p, SLICE))}
 
-    def _ready(self, group, p):
+    def _ready(self, group, p, buffers):
         s = self.state[p]
         if "p0" in s and self._rounds_at_random(group, p):  # a checkpoint of 2.0.1
             x0 = s.pop("p0").to(working_dtype(p.dtype))
             s["away"] = x0 - every(s.get("z", p), SLICE)
-        s = super()._ready(group, p)
+        s = super()._ready(group, p, buffers)
         if not self._adapts(group, group["k"] + 1):
             for name in ("p0", "away", "s"):
                 s.pop(name, None)
