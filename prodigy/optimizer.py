@@ -77,10 +77,10 @@ RANGES = {
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
             "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
-# tensors in a compiled graph: in larger ones Inductor (torch 2.13) no longer fuses what is computed
-# with what is written, which stand far apart; and graphs of like layers are compiled once
+# tensors in a compiled graph: in larger ones Inductor (torch 2.13) no longer fuses what is
+# computed with what is written, which stand far apart; and like layers are compiled once
 GRAPH = 8
-# of Inductor: loops become one only if they share more than a few scalars, and what two loops need
+# Inductor's: loops become one only if they share more than a few scalars, and what two loops need
 # is computed twice rather than written to memory; shapes are guarded already
 OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
            "realize_opcount_threshold": 1000, "size_asserts": False}
@@ -145,9 +145,10 @@ class Family(torch.optim.Optimizer):
 
     Parameters may be DTensors (FSDP2, tensor parallelism), plain tensors, or both. A rank steps
     its own shards; the sums over tensors run over all of them, in one all_reduce a step and mesh,
-    so that d is that of one process and the same on every rank bit for bit. So ``step`` must be
-    called on every rank. A gradient that a rank alone lacks is zero there. State tensors are
-    DTensors laid out like their parameter, for torch.distributed.checkpoint.
+    so that d is that of one process and the same on every rank bit for bit. Another one, of a flag
+    for each parameter, tells who has a gradient; one that a rank alone lacks is zero there. So
+    ``step`` must be called on every rank. State tensors are DTensors laid out like their
+    parameter, for torch.distributed.checkpoint.
 
     Raises:
         TypeError, ValueError: at construction, naming the argument and its range; for the flat

@@ -409,7 +409,9 @@ def test_an_error_of_the_compiler_that_is_not_a_missing_one_is_raised(monkeypatc
     def broken(graph, inputs):
         raise RuntimeError("broken backend")
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, options, **modes: compile(
+        run, backend=broken, **modes))
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="broken backend"):

@@ -293,9 +293,11 @@ def sweep(
         return weights, mean, tensors
 
     def resumed(state, lr):
-        weights, mean, tensors = state
-        weights = [W.clone() for W in weights]
+        now, mean, tensors = state
+        weights = [W.clone() for W in now]
         optimizer, peaks = begin(weights, lr)
+        for W, value in zip(weights, now):  # make may choose where to begin
+            W.copy_(value)
         put_back(optimizer, tensors, known[0])
         return optimizer, peaks, weights, mean if average else weights
 
