@@ -482,7 +482,7 @@ class Family(torch.optim.Optimizer):
                  for p, g, s, part in rows]
         try:
             return graphs[key](*columns(lines, numbers))
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # of these rows nothing is written
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing was written
             if type(error.inner_exception).__name__ not in NO_COMPILER:
                 raise
             if not self.__dict__.get("_no_compiler"):
