@@ -13,7 +13,8 @@ import torch
 
 from .classical import wide_zeros
 from .optimizer import Family, given, live, rate
-from .pieces import add_scaled_, ema_, inner, larger, ratio, root
+from .pieces import add_scaled_, ema_, inner, larger, one_norm, ratio, root
+from .shards import part_of
 
 
 class Estimator(Family):
@@ -45,8 +46,9 @@ class Estimator(Family):
         return shared
 
     def validate(self, group):
-        if group.get("fsdp_in_use"):
-            raise ValueError("fsdp_in_use=True is not supported: sums are taken on one process")
+        if group.get("fsdp_in_use") and not any(map(part_of, group["params"])):
+            raise ValueError("fsdp_in_use=True is not supported beside plain tensors (FSDP1): use "
+                             "fully_shard, whose sums run over all ranks with or without it")
         if any(group["split_groups"] != other["split_groups"] for other in self.param_groups):
             raise ValueError("split_groups must be the same for all parameter groups")
         if not group["split_groups"] and group["d0"] != self.param_groups[0]["d0"]:
@@ -142,7 +144,8 @@ class DAdaptSGD(Estimator):
         log_every (int): log d at INFO every so many steps; 0 = never.
         d0 (float): first estimate, at most D; in units of x; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1}; [1, inf].
-        fsdp_in_use (bool): refused when True.
+        fsdp_in_use (bool): not needed, sums run over all shards of a DTensor (FSDP2) by
+            themselves; refused where no parameter is one (FSDP1).
         split_groups (bool): one d for each parameter group.
         **modes: see :class:`prodigy.optimizer.Family`.
     """
@@ -253,13 +256,13 @@ class DAdaptAdaGrad(Estimator):
 
     def observe(self, x, g, s, h):
         a, s = s["alphak"], s["sk"]
-        before = inner(s, s / a.sqrt().add_(h.eps)), s.norm(1)
+        before = inner(s, s / a.sqrt().add_(h.eps)), one_norm(s)
         gg = g.square()
         denominator = a.add_(gg).sqrt().add_(h.eps)
         s = add_scaled_(s, g, h.step)
         change = inner(s, s / denominator) - before[0]
         squares = gg.div_(denominator).sum()
-        return change * h.inverse_rho, squares * h.square, s.norm(1) - before[1]
+        return change * h.inverse_rho, squares * h.square, one_norm(s) - before[1]
 
     def advance(self, x, g, s, h):
         a, x0, s = s["alphak"], s["x0"].to(x.dtype), s["sk"]
@@ -302,7 +305,8 @@ class DAdaptAdam(Estimator):
         use_bias_correction (bool): Adam's bias correction, as a factor on lr.
         d0 (float): first estimate, at most D_inf; in units of x; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1}; [1, inf].
-        fsdp_in_use (bool): refused when True.
+        fsdp_in_use (bool): not needed, sums run over all shards of a DTensor (FSDP2) by
+            themselves; refused where no parameter is one (FSDP1).
         split_groups (bool): one d for each parameter group.
         **modes: see :class:`prodigy.optimizer.Family`.
     """
@@ -332,7 +336,7 @@ class DAdaptAdam(Estimator):
         v, s = s["exp_avg_sq"], s["s"]
         numerator = inner(g, s / v.sqrt().add_(h.eps)) * h.weight
         s = ema_(s, g * h.common, h.beta3)
-        return numerator, s.norm(1) * h.rho * (1 - h.beta3)
+        return numerator, one_norm(s) * h.rho * (1 - h.beta3)
 
     def advance(self, x, g, s, h):
         m = ema_(s["exp_avg"], g * h.step, h.beta1)

@@ -21,13 +21,16 @@ use it as scratch. The loop over parameters stands in ``Family._pass`` and nowhe
 import functools
 import inspect
 import logging
+import operator
+import warnings
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, atleast_1d
+from torch import Tensor
 
-from .pieces import add_scaled_, finite, join, residual, store_, where, working_dtype
-from .vec import Vec
+from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
+from .shards import everywhere, gradient, local, part_of, present
+from .vec import Vec, cut, in_turn, stack
 
 log = logging.getLogger("prodigy")
 
@@ -74,6 +77,14 @@ RANGES = {
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
             "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
+# tensors in a compiled graph: in larger ones Inductor (torch 2.13) no longer fuses what is
+# computed with what is written, which stand far apart; and like layers are compiled once
+GRAPH = 8
+# Inductor's: loops become one only if they share more than a few scalars, and what two loops need
+# is computed twice rather than written to memory; shapes are guarded already
+OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
+           "realize_opcount_threshold": 1000, "size_asserts": False}
+NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
          "use_bias_correction", "safeguard_warmup", "fsdp_in_use", "cosine_decay", "split_groups",
@@ -128,11 +139,20 @@ class Family(torch.optim.Optimizer):
         on CUDA, as in torch.optim).
     maximize (bool): step up instead of down.
     capturable (bool): keep step counts and a tensor ``lr`` on the device.
-    compile (bool): run the pass under ``torch.compile``.
+    compile (bool): run the pass under ``torch.compile``; the first step then takes up to a minute
+        or two, and seconds where Inductor's cache has it. Without a compiler: a warning, no error.
     differentiable, fused: accepted for torch.optim's sake, refused with a ValueError when set.
 
+    Parameters may be DTensors (FSDP2, tensor parallelism), plain tensors, or both. A rank steps
+    its own shards; the sums over tensors run over all of them, in one all_reduce a step and mesh,
+    so that d is that of one process and the same on every rank bit for bit. Another one, of a flag
+    for each parameter, tells who has a gradient; one that a rank alone lacks is zero there. So
+    ``step`` must be called on every rank. State tensors are DTensors laid out like their
+    parameter, for torch.distributed.checkpoint.
+
     Raises:
-        TypeError, ValueError: at construction, naming the argument and its range.
+        TypeError, ValueError: at construction, naming the argument and its range; for the flat
+            parameters of FSDP1.
         RuntimeError: from ``step``, before anything is written, for sparse or complex gradients
             and for gradients whose shape, dtype or device is not the parameter's.
     """
@@ -141,9 +161,12 @@ class Family(torch.optim.Optimizer):
     own_clock = False  # True: t counts each parameter's own steps (torch.optim), else the group's
     decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
+    sums = ()  # names of sums over all entries that a group carries from step to step
+    by_entry = True  # bodies treat all entries alike, apart from sums: a tensor may come in parts
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
     rounded = ()  # names of buffers that may be kept in the parameter's own low precision
     stored = ("p0", "x0")  # names of buffers that keep the dtype they were saved in
+    sampled, stride = (), 1  # names of buffers of every stride-th entry (or slice_p-th)
     counters = ("k",)  # names of its numbers that are 0-d tensors too when capturable
 
     def __init__(self, params, *, differentiable=False, fused=None, **defaults):
@@ -205,6 +228,8 @@ class Family(torch.optim.Optimizer):
                     raise TypeError("complex parameters are not supported: use torch.view_as_real")
                 if p.layout != torch.strided:
                     raise TypeError("sparse parameters are not supported")
+                if hasattr(p, "_fsdp_flattened") or hasattr(p, "_is_flat_param"):
+                    raise TypeError("FSDP1's flat shards are not supported: use fully_shard")
             self.validate(group)
         except Exception:
             self.param_groups.pop()
@@ -230,7 +255,7 @@ class Family(torch.optim.Optimizer):
 
     def _place(self, group):
         """Keep the group's 0-d tensors where its parameters are, in their working dtype."""
-        home = group["params"][0] if group["params"] else None
+        home = local(group["params"][0]) if group["params"] else None
         names = self.estimates + (self.counters if group["capturable"] else ())
         for name in (*names, "nonfinite"):
             value = group[name]
@@ -277,11 +302,11 @@ class Family(torch.optim.Optimizer):
         batches = self.gather()
         self._set_scalars(batches)
         if self.look is not None and batches:
-            self.prepare(*self._totals({}, batches, "_look"))
+            self.prepare(*self._totals(self._sums(batches, "_look")))
             self._set_scalars(batches)
-        pending = self.__dict__.pop("_pending", {})
+        pending = self.__dict__.pop("_pending", [])
         self.__dict__.pop("_taken", None)
-        groups, totals = self._totals(pending, batches, "_pass")
+        groups, totals = self._totals(pending + self._sums(batches, "_pass"))
         if not groups:
             return
         for group, sums in zip(groups, totals):
@@ -316,17 +341,19 @@ class Family(torch.optim.Optimizer):
                                "pass of an accumulation only")
         batches = self.gather(only=(group, p))
         self._set_scalars(batches)
-        pending = self.__dict__.setdefault("_pending", {})
-        self._totals(pending, batches, "_pass")
+        self.__dict__.setdefault("_pending", []).extend(self._sums(batches, "_pass"))
         taken.add(p)
 
     def gather(self, only=None):
         """Check everything, then sort what has a gradient by group, device, dtype and clock."""
-        taken = self.__dict__.get("_taken", ())
+        if only is None:
+            everyone = [p for group in self.param_groups for p in group["params"]]
+            found = set(present(everyone, self.__dict__.get("_taken", ())))
+        else:
+            found = {only[1]} if only[1].grad is not None else ()
         active = []
         for group in self.param_groups if only is None else [only[0]]:
-            wanted = group["params"] if only is None else [only[1]]
-            params = [p for p in wanted if p.grad is not None and p not in taken]
+            params = [p for p in group["params"] if p in found]
             for p in params:
                 check_gradient(p)
             active.append((group, params))
@@ -334,24 +361,26 @@ class Family(torch.optim.Optimizer):
         for group, params in active:
             if params:
                 self._place(group)
-            frozen = self.freezes and known_zero(rate(group))
+            frozen, buffers = self.freezes and known_zero(rate(group)), self.buffers(group)
             for p in params:
-                s = self._ready(group, p)
+                s = self._ready(group, p, buffers)
                 if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
                 t, clock = self._tick(group, s, working_dtype(p.dtype))
-                key = (id(group), p.device, p.dtype, clock, frozenset(s))
+                part = part_of(p)
+                key = (id(group), p.device, p.dtype, clock, frozenset(s), part and part.ranks)
                 if key not in batches:
                     batches[key] = SimpleNamespace(
-                        group=group, t=t, clock=clock, params=[], states=[], h={})
+                        group=group, t=t, clock=clock, params=[], states=[], parts=[], h={})
                 batches[key].params.append(p)
                 batches[key].states.append(s)
+                batches[key].parts.append(part)
         return list(batches.values())
 
-    def _ready(self, group, p):
+    def _ready(self, group, p, buffers):
         """The state of one parameter, with every buffer the method asks for."""
         s = self.state[p]
-        for name, make in self.buffers(group).items():
+        for name, make in buffers.items():
             if name not in s and (buffer := make(p)) is not None:
                 s[name] = buffer
         wide = p.dtype == working_dtype(p.dtype) or self._rounds_at_random(group, p)
@@ -396,58 +425,79 @@ class Family(torch.optim.Optimizer):
         known |= {"l2": decays and not apart, "decouple": decays and apart}
         return {**known, "lr": rate(group)}
 
-    def _totals(self, pending, batches, name):
-        """(groups, for each the sums over its tensors), after adding the batches to pending."""
-        for b in batches:
-            sums = self._run(b, name)
-            _, so_far = pending.get(id(b.group), (None, None))
+    def _totals(self, rows):
+        """(groups, for each the sums over its tensors, on all ranks) from rows of ``_sums``."""
+        totals = {}
+        for (group, _, _), sums in zip(rows, everywhere([row[1:] for row in rows])):
+            _, so_far = totals.get(id(group), (None, None))
             if so_far is not None:
                 sums = [a + s.to(a.device) for a, s in zip(so_far, sums)]
-            pending[id(b.group)] = b.group, sums
-        return [group for group, _ in pending.values()], [sums for _, sums in pending.values()]
+            totals[id(group)] = group, sums
+        return [group for group, _ in totals.values()], [sums for _, sums in totals.values()]
+
+    def _sums(self, batches, name):
+        """[(group, part, sums over this rank's tensors)] of each batch, which is run."""
+        return [(b.group, b.parts[0], self._run(b, name)) for b in batches]
 
     def _run(self, b, name):
         """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
         group, device = b.group, b.params[0].device
         h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
+        h["alone"] = not self.sums or group.get("slice_p", 1) > 1  # see pieces.finite
         if self._rounds_at_random(group, b.params[0]) and isinstance(group["k"], int):
             place = [id(g) for g in self.param_groups].index(id(group))
             first = [id(p) for p in group["params"]].index(id(b.params[0]))
-            seed = hash((group["k"], place, first))
+            seed = hash((group["k"], place, first, *(b.parts[0].offset if b.parts[0] else ())))
             if device.type != "meta" and not group["compile"]:
                 h["noise"] = torch.Generator(device).manual_seed(seed % 2**63)
-        grads = [p.grad for p in b.params]
+        params, grads = [local(p) for p in b.params], [gradient(p) for p in b.params]
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
-        states = [{key: s[key] for key in keys} for s in b.states]
+        states = [{key: local(s[key]) for key in keys} for s in b.states]
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
-        run = getattr(self, name)
-        if group["compile"]:
+        rows, run = list(zip(params, grads, states, b.parts)), getattr(self, name)
+        if group["compile"] and not self.__dict__.get("_no_compiler"):
             dtype = working_dtype(b.params[0].dtype)
-            for key, a in h.items():
-                if isinstance(a, float):
-                    h[key] = number(key, a, dtype, device)
-            # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-            params, grads = map(atleast_1d, b.params), map(atleast_1d, grads)
-            states = [{key: atleast_1d(s[key]) for key in keys} for s in states]
-            return self._compiled(run)(list(params), list(grads), states, h)
+            numbers = {key: number(key, a, dtype, device) if isinstance(a, float) else a
+                       for key, a in h.items()}
+            sums = [self._compiled(run, rows[i : i + GRAPH], h, numbers)
+                    for i in range(0, len(rows), GRAPH)]
+            return [functools.reduce(operator.add, same) for same in zip(*sums)]
+        if self.by_entry:
+            rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
-            states = [{key: Vec(s[key] for s in states) for key in keys}]
-            return run([Vec(b.params)], [Vec(grads)], states, h)
-        return run(b.params, grads, states, h)
+            rows = [stack(some) for some in in_turn(rows)]
+        return run(*columns(rows, h))
 
-    def _compiled(self, run):
-        name = f"_compiled{run.__name__}"
-        if name not in self.__dict__:
+    def _compiled(self, run, rows, h, numbers):
+        """run over a few rows as one graph, kept for rows of the same shapes."""
+        graphs = self.__dict__.setdefault("_graphs", {})
+        key = run.__name__, *(row[0].shape for row in rows)
+        if key not in graphs:
             known = inspect.signature(torch.compile).parameters
             alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-            self.__dict__[name] = torch.compile(run, fullgraph=True, dynamic=False, **alone)
-        return self.__dict__[name]
+            graphs[key] = torch.compile(run, fullgraph=True, dynamic=False, options=OPTIONS,
+                                        **alone)
+        # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
+        lines = [(lined(p), lined(g), {name: lined(t) for name, t in s.items()}, part)
+                 for p, g, s, part in rows]
+        try:
+            return graphs[key](*columns(lines, numbers))
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing was written
+            if type(error.inner_exception).__name__ not in NO_COMPILER:
+                raise
+            if not self.__dict__.get("_no_compiler"):
+                warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by "
+                              "CXX, on a GPU Triton): the step runs without, with the same "
+                              f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
+                              stacklevel=2)
+            self._no_compiler = True
+            return run(*columns(rows, h))
 
     def _pass(self, params, grads, states, h):
         """The loop over parameters: load, observe, advance, store."""
         h = Scalars(h)
         totals = None
-        for p, g, s in zip(params, grads, states):
+        for p, g, s, h.part in zip(params, grads, states, h.parts):
             x, g, bad = load(p, g, s, h)
             narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
             s = s | {key: t.to(x.dtype) for key, t in narrow.items()}
@@ -469,7 +519,7 @@ class Family(torch.optim.Optimizer):
         """The loop over gradients alone, for methods that need their size first."""
         h = Scalars(h)
         totals = None
-        for p, g, s in zip(params, grads, states):
+        for p, g, s, h.part in zip(params, grads, states, h.parts):
             x, g, _ = load(p, g, s, h)
             sums = [a * h.live for a in self.look(x, g, s, h)]
             totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
@@ -486,9 +536,13 @@ class Family(torch.optim.Optimizer):
 
     def state_bytes(self):
         """Bytes kept for each parameter entry beside it and its gradient, since the first step."""
-        tensors = [t for s in self.state_dict()["state"].values() for t in s.values()]
+        tensors = [local(t) for s in self._states() for t in s.values()]
         size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-        return size / sum(p.numel() for group in self.param_groups for p in group["params"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        return size / max(sum(local(p).numel() for p in params), 1)
+
+    def _states(self):
+        return self.state.values()
 
     def _report(self, groups):
         every = groups[0].get("log_every", 0)
@@ -498,8 +552,17 @@ class Family(torch.optim.Optimizer):
 
     # checkpoints ------------------------------------------------------------------------------
     def state_dict(self):
-        """As in torch.optim; the groups' 0-d tensors are copies: a snapshot of them."""
+        """As in torch.optim; the groups' 0-d tensors are copies: a snapshot of them.
+
+        What a sharded parameter keeps of every stride-th entry alone has no regular shards: here,
+        in the checkpoint, it stands in a DTensor of the parameter's shape, 0 in between.
+        """
         saved = super().state_dict()
+        for i, p, stride in self._strides(saved):
+            s = saved["state"].get(i, {})
+            if (part := part_of(p)) and stride > 1 and s:
+                spread = {key: part.spread(s[key], stride) for key in self.sampled if key in s}
+                saved["state"][i] = {**s, **spread}
         copies = {}
         for group in saved["param_groups"]:
             for name, value in group.items():
@@ -525,25 +588,34 @@ class Family(torch.optim.Optimizer):
         finally:
             last.remove()
         state_dict = hooked[0]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
+        for i, p, stride in self._strides(state_dict):
             if i in state_dict["state"]:
                 saved = state_dict["state"][i]
-                self.state[p] = {key: self._restore(p, key, a) for key, a in saved.items()}
+                self.state[p] = {key: self._restore(p, key, a, stride)
+                                 for key, a in saved.items()}
                 stale = self.state[p].get("residual")
                 if stale is not None and stale.dtype != residual(p.new_empty(0)).dtype:
                     del self.state[p]["residual"]
 
-    def _restore(self, p, key, value):
-        """A saved value on p's device in its own dtype, never in p's."""
+    def _strides(self, state_dict):
+        """(index in the checkpoint, parameter, every how many entries are sampled)."""
+        for theirs, group in zip(state_dict["param_groups"], self.param_groups):
+            stride = group.get("slice_p", self.stride)
+            yield from ((i, p, stride) for i, p in zip(theirs["params"], group["params"]))
+
+    def _restore(self, p, key, value, stride=1):
+        """A saved value on p's device in its own dtype, never in p's; whole ones are cut."""
         if not isinstance(value, Tensor):
             return value
         if key == "step":
             return value.to(dtype=torch.float32, copy=True)
         exact = key in self.stored or not value.is_floating_point()
         dtype = value.dtype if exact else working_dtype(p.dtype)
-        return value.to(device=p.device, dtype=dtype, copy=True)
+        value, part = value.to(device=p.device, dtype=dtype, copy=True), part_of(p)
+        sampled = key in self.sampled and stride > 1
+        if part and not part_of(value) and value.dim():
+            value = part.distribute(value, stride if sampled else 1)
+        return every(value, stride).clone() if sampled and value.shape == p.shape else value
 
     def convert(self, state_dict):
         """Turn a reference package's state_dict (already a copy) into this class's own."""
@@ -565,6 +637,12 @@ def given(names):
     return own | names["modes"]
 
 
+def columns(rows, h):
+    """Arguments of a pass over rows (p, g, {name: buffer}, part)."""
+    params, grads, states, parts = map(list, zip(*rows))
+    return params, grads, states, {**h, "parts": parts}
+
+
 @functools.lru_cache(maxsize=4096)
 def number(name, value, dtype, device):
     """A 0-d tensor for the graph, which a float would make compile anew whenever it changes.
@@ -573,6 +651,11 @@ def number(name, value, dtype, device):
     would compile anew as well.
     """
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def lined(t):
+    """t, or a one-entry view of a 0-d tensor (torch.atleast_1d takes ten times as long)."""
+    return t if t.dim() else t.view(1)
 
 
 class Scalars:
@@ -602,7 +685,7 @@ def live(method, group):
 def load(p, g, s, h):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype))
+    g, bad = finite(g.to(x.dtype), h.alone)
     if h.maximize:
         g.neg_()
     return x, add_scaled_(g, x, h.weight_decay) if h.l2 else g, bad
@@ -625,6 +708,10 @@ def copied(state_dict):
 
 def check_gradient(p):
     g = p.grad
+    if g is None:  # of a sharded parameter, whose gradient other ranks have
+        return
+    if hasattr(g, "to_local") != hasattr(p, "to_local"):
+        raise RuntimeError("gradient and parameter must both be DTensors, or neither")
     if g.is_sparse or g.layout != torch.strided:
         raise RuntimeError("sparse gradients are not supported: use sparse=False in the embedding")
     if g.is_complex():

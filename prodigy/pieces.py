@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .shards import local, part_of, total
 from .vec import Vec
 
 # scalars ----------------------------------------------------------------------------------------
@@ -63,7 +64,22 @@ def rectify(beta2, t):
 
 def inner(a, b):
     """<a, b> over all entries, a 0-d tensor."""
-    return (a * b).sum()
+    flat = not isinstance(a, Vec) and a.dim() == 1 and not torch.compiler.is_compiling()
+    return a.dot(b) if flat else (a * b).sum()
+
+
+def one_norm(a):
+    """The sum of |entries|, a 0-d tensor."""
+    return a.norm(1) if isinstance(a, Vec) else tail(a.abs()).sum()
+
+
+def tail(a):
+    """a, of which a compiled sum is taken in the loop that computes it, not in one before.
+
+    Inductor (torch 2.13) takes one sum along in a loop that writes, if what it adds up was given
+    a place in memory, as ``as_strided`` does; nothing is then written to that place.
+    """
+    return a.as_strided((a.numel(),), (1,)) if torch.compiler.is_compiling() else a
 
 
 def ema_(m, value, beta):
@@ -80,21 +96,31 @@ def add_scaled_(x, u, a):
     return x.addcmul_(u, a)
 
 
-def every(t, p):
-    """Every p-th entry, in the order of the flattened tensor (the tensor itself for p = 1)."""
+def every(t, p, part=None):
+    """Every p-th entry, in the order of the flattened tensor (the tensor itself for p = 1).
+
+    Of a DTensor, or of its local part, those that are p-th entries of the whole: plain tensors.
+    """
     if p == 1:
         return t
     if isinstance(t, Vec):
-        return t.each(lambda part: every(part, p))
-    return t.flatten()[::p]
+        return t.each(lambda a, part: every(a, p, part), part or Vec([None] * len(t.parts)))
+    part, t = part or part_of(t), local(t)
+    return t.flatten()[part.every(p, t.device) if part else slice(None, None, p)]
 
 
-def finite(g):
-    """A copy of g with its non-finite entries set to zero, and how many there were (0-d int64)."""
+def finite(g, alone=True):
+    """A copy of g with its non-finite entries set to zero, and how many there were (0-d).
+
+    alone: no other sum over g's entries as they come in is taken, with which to share a loop.
+    """
     if isinstance(g, Vec):
         return g.finite()
-    clean = g.nan_to_num(0.0, 0.0, 0.0)
-    return clean, (clean != g).sum()
+    if torch.compiler.is_compiling():  # one comparison in the one loop
+        good = g.abs() < math.inf
+        bad = (~good).to(torch.int32)
+        return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
+    return g.nan_to_num(0.0, 0.0, 0.0), (g - g).nan_to_num_(1.0).sum().long()  # no slow bools
 
 
 # low precision ---------------------------------------------------------------------------------
@@ -185,24 +211,25 @@ def atan2(a, b):
 
 
 @by_tensor
-def rms_clip(u):
+def rms_clip(u, part=None):
     """u over the root of its root mean square, where that exceeds 1.
 
     StableAdamW and Adafactor (Shazeer and Stern 2018, 1804.04235, Sec. 6) divide by the root mean
     square itself; the root of it is the softer form of prodigy-plus-schedule-free.
     """
-    rms = u.norm(2) / u.numel() ** 0.5
+    n = math.prod(part.shape) if part else u.numel()
+    rms = length(u, part) / n**0.5
     return u / rms.clamp_min(1.0).sqrt()
 
 
 @by_tensor
-def cautious(u, g):
+def cautious(u, g, part=None):
     """u without the entries whose sign is not g's, scaled up by what that share leaves.
 
     C-Optim (Liang et al. 2024, 2411.16085, Alg. 1).
     """
     mask = (u * g > 0).to(u.dtype)
-    return u * mask / mask.mean().clamp_min(1e-3)
+    return u * mask / mean(mask, part).clamp_min(1e-3)
 
 
 @by_tensor
@@ -212,17 +239,18 @@ def grams(u, g):
 
 
 @by_tensor
-def orthogonal(u, x):
+def orthogonal(u, x, part=None):
     """u without its part along x, at its old length; 0 where nothing else is left.
 
     OrthoGrad (Prieto et al. 2025, 2501.04697, Sec. 5).
     """
-    v = u - x * ((u * x).sum() / (x * x).sum().clamp_min(1e-30))
-    length, left = u.norm(2), v.norm(2)
-    scaled = v * (length / left.clamp_min(1e-30))
-    known = left > 1e-6 * length  # below, v is rounding noise (always so for one entry)
+    xx = total((x * x).sum(), part)
+    v = u - x * (total((u * x).sum(), part) / xx.clamp_min(1e-30))
+    whole, left = length(u, part), length(v, part)
+    scaled = v * (whole / left.clamp_min(1e-30))
+    known = left > 1e-6 * whole  # below, v is rounding noise (always so for one entry)
     moved = torch.where(known, scaled, torch.zeros_like(u))
-    return torch.where(x.norm(2) > 1e-30, moved, u)
+    return torch.where(length(x, part) > 1e-30, moved, u)
 
 
 @by_tensor
@@ -232,13 +260,16 @@ def focus(m, x, average):
 
 
 @by_tensor
-def orthogonalised(g, steps=6):
+def orthogonalised(g, part=None, steps=6):
     """g, read as a matrix with shape[0] rows, with its singular values moved close to 1.
 
     Newton-Schulz iteration of odd degree 5 (Jordan et al. 2024, Muon), in g's dtype (Muon's own
     is bfloat16): after six steps all but the smallest singular values lie in [0.7, 1.2]. Times
-    <g, result>, at most 1 (adaptive Muon), so that it falls with g near a minimum.
+    <g, result>, at most 1 (adaptive Muon), so that it falls with g near a minimum. A sharded
+    matrix is gathered, and every rank keeps its part of the result.
     """
+    if part:
+        return part.cut(orthogonalised(part.wrap(g).full_tensor(), None, steps))
     a, b, c = 3.4445, -4.7750, 2.0315
     G = g.reshape(len(g), -1)
     tall = len(G) > G.shape[1]
@@ -252,14 +283,22 @@ def orthogonalised(g, steps=6):
 
 
 @by_tensor
-def mean(t):
+def mean(t, part=None):
     """The mean over the entries of a tensor."""
-    return t.mean()
+    return total(t.sum(), part) / math.prod(part.shape) if part else t.mean()
 
 
-def length(t):
+def length(t, part=None):
     """The 2-norm of a tensor, or of every tensor of a ``Vec`` by itself: 0-d tensors."""
-    return Vec(torch._foreach_norm(t.parts, 2)) if isinstance(t, Vec) else t.norm(2)
+    if isinstance(t, Vec):
+        n = Vec(torch._foreach_norm(t.parts, 2))
+        return n.each(whole_length, part) if part and any(part.parts) else n
+    return whole_length(t.norm(2), part)
+
+
+def whole_length(n, part):
+    """The 2-norm of a tensor from those of its pieces."""
+    return n if part is None else total(n.square(), part).sqrt()
 
 
 # factored second moments -------------------------------------------------------------------------
@@ -277,18 +316,24 @@ def factored_axes(shape, smallest=32):
 
 
 @by_tensor
-def factor_(row, col, gg, beta):
+def factor_(row, col, gg, beta, part=None):
     """Running means of gg over the largest axis (row) and the second largest (col), in place."""
-    dc, dr = factored_axes(gg.shape)
+    dc, dr = factored_axes(part.shape if part else gg.shape)
     for average, axis in ((row, dr), (col, dc)):
         wide = average.to(gg.dtype)
-        average.copy_(wide.lerp(gg.mean(axis, keepdim=True), 1 - beta))
+        average.copy_(wide.lerp(mean_along(gg, axis, part), 1 - beta))
     return row
 
 
+def mean_along(t, axis, part):
+    if part:
+        return total(t.sum(axis, keepdim=True), part, axis) / part.shape[axis]
+    return t.mean(axis, keepdim=True)
+
+
 @by_tensor
-def unfactor(row, col, like):
+def unfactor(row, col, like, part=None):
     """row col / mean(row): exact where the second moment has rank one."""
-    dc, _ = factored_axes(like.shape)
+    dc, _ = factored_axes(part.shape if part else like.shape)
     row, col = row.to(like.dtype), col.to(like.dtype)
-    return row / row.mean(dc, keepdim=True).clamp_min(1e-30) * col
+    return row / mean_along(row, dc, part).clamp_min(1e-30) * col

@@ -14,10 +14,11 @@ from .classical import wide_zeros
 from .dadaptation import Estimator
 from .optimizer import Family, given, rate
 from .pieces import add_scaled_, atan2, by_tensor, cautious, ema_, every, factor_, factored_axes
-from .pieces import focus, grams, inner, mean, orthogonal, orthogonalised, ratio, rectify, rms_clip
-from .pieces import smaller, unfactor, where, working_dtype
+from .pieces import focus, grams, inner, length, mean, one_norm, orthogonal, orthogonalised, ratio
+from .pieces import rectify, rms_clip, smaller, unfactor, where, working_dtype
 from .prodigy import beta3
 from .schedulefree import ScheduleFree
+from .shards import local, part_of, total
 
 SLICE = 11  # d is estimated from every 11th entry
 GROWTH = 2**0.25  # largest factor on d in a step, with d_limiter and SPEED
@@ -53,7 +54,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         \hat d_{k+1} = r_{k+1} / \|s_{k+1}\|_1, \quad
         d_{k+1} = \max(d_k, \texttt{d\_coef} \min(\hat d_{k+1}, 2^{1/4} d_k)).
 
-    r and s run over every 11th entry. Negative terms of r count only after d has left d0.
+    r and s run over every 11th entry of the whole tensor, sharded or not. Negative terms of r
+    count only after d has left d0.
     Departures from 2.0.1: p0 and s are float32 beside float32 weights (there bfloat16); the
     factored second moment of tall matrices is the whole product (there the row factor cancels);
     ``use_cautious`` without Schedule-Free masks the average (there the step goes uphill);
@@ -95,7 +97,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             has no eps.
         use_muon_pp (bool): of 1.8.51: the gradient of tensors of two or more dimensions is
             orthogonalised (Muon), in the dtype of the step (there bfloat16), over one running root
-            mean square instead of Adam's denominator; orthograd leaves these tensors alone.
+            mean square instead of Adam's denominator; orthograd leaves these tensors alone. A
+            sharded tensor is gathered for it on every rank, in every step.
         beta4 (float or None): of 1.3: d <- beta4 d + (1 - beta4) d_{k+1}; None = sqrt(beta1);
             0 = off; [0, 1).
         closure_form (bool): as in SGDScheduleFree.
@@ -106,8 +109,10 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     ranges = {"eps": "(0, inf) or None"}
     sums = ("d_numerator",)
+    sampled, stride = ("s", "p0", "away"), SLICE
     shared = ("d", "d_hat", "prev_d_numerator", "max_d_numerator", "shared_d")
     rounded = ("z",)
+    by_entry = False  # clips and factors are taken tensor by tensor
     stored = (*ScheduleFree.stored, "z", "away", "exp_avg_sq_row", "exp_avg_sq_col")
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.99), beta3=None, weight_decay=0.0,
@@ -206,9 +211,11 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             def make(p):
                 if second(p) is None:
                     return None
-                shape = [1 if i == second(p)[axis] else n for i, n in enumerate(p.shape)]
-                return p.new_zeros(shape) if not group["factored_fp32"] else wide_zeros(
-                    p.new_empty(shape))
+                flat, mine = second(p)[axis], local(p)
+                shape = [1 if i == flat else n for i, n in enumerate(mine.shape)]
+                dtype = working_dtype(p.dtype) if group["factored_fp32"] else p.dtype
+                zeros, part = mine.new_zeros(shape, dtype=dtype), part_of(p)
+                return part.wrap(zeros, flat) if part else zeros
             return make
 
         names = {"rms_sq": lambda p: scalar_like(p, 0.0) if muon(p) else None,
@@ -230,12 +237,12 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
                             for name, value in SPEED.items()}
         return names | {"s": lambda p: wide_zeros(every(p, SLICE))}
 
-    def _ready(self, group, p):
+    def _ready(self, group, p, buffers):
         s = self.state[p]
         if "p0" in s and self._rounds_at_random(group, p):  # a checkpoint of 2.0.1
             x0 = s.pop("p0").to(working_dtype(p.dtype))
             s["away"] = x0 - every(s.get("z", p), SLICE)
-        s = super()._ready(group, p)
+        s = super()._ready(group, p, buffers)
         if not self._adapts(group, group["k"] + 1):
             for name in ("p0", "away", "s"):
                 s.pop(name, None)
@@ -244,22 +251,23 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     def observe(self, x, g, s, h):
         if not h.adapts:
             return h.d * 0.0, h.d * 0.0
-        g, away = every(g, SLICE), s.get("away")
+        g, away = every(g, SLICE, h.part), s.get("away")
         if away is None:
-            away = s["p0"].to(x.dtype) - every(s.get("z", x), SLICE)
+            away = s["p0"].to(x.dtype) - every(s.get("z", x), SLICE, h.part)
         if h.use_speed:
             averages = [s[name] for name in SPEED]
-            return progress_(*averages, g, away, h.speed, h.d_update).sum(), averages[2].sum()
+            speed = progress_(*averages, g, away, h.speed, h.d_update, h.part)
+            return once(speed, h.part).sum(), once(averages[2], h.part).sum()
         s = add_scaled_(s["s"].mul_(h.beta3), g, h.d_update * h.rho)
-        return inner(g, away) * h.d_update, s.norm(1)
+        return inner(g, away) * h.d_update, one_norm(s)
 
     def advance(self, x, g, s, h):
         point = s.get("z", x)
-        start = every(point, SLICE).clone() if "away" in s else None
+        start = every(point, SLICE, h.part).clone() if "away" in s else None
         before = self.denominator(s, point, h) if h.use_adopt else None
         if "rms_sq" in s:
-            g = orthogonalised(g)
-        dg = g * h.d
+            g = orthogonalised(g, h.part)
+        dg = g.mul_(h.d) if "z" in s else g * h.d
         self.second_moment(s, dg.square(), point, h)
         if h.first:
             return
@@ -269,24 +277,24 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         else:
             u = self.averaged_update(g, dg, b, point, s, h)
         if h.use_orthograd and "rms_sq" not in s:
-            u = orthogonal(u, point)
+            u = orthogonal(u, point, h.part)
         if h.use_stableadamw:
-            u = rms_clip(u)
+            u = rms_clip(u, h.part)
         if "z" in s:
             self.follow(x, u, s, h)
         else:
             x.mul_(1 - h.decay)
             add_scaled_(x, u, -h.lr)
         if start is not None:
-            s["away"].add_(start - every(point, SLICE))
+            s["away"].add_(start - every(point, SLICE, h.part))
 
     def second_moment(self, s, gg, point, h):
         if "rms_sq" in s:
-            ema_(s["rms_sq"], mean(gg), h.beta2)
+            ema_(s["rms_sq"], mean(gg, h.part), h.beta2)
         elif h.use_focus:
             ema_(s["exp_avg_sq"], point * h.d**2, h.beta2)
         elif "exp_avg_sq_row" in s:
-            factor_(s["exp_avg_sq_row"], s["exp_avg_sq_col"], gg, h.beta2)
+            factor_(s["exp_avg_sq_row"], s["exp_avg_sq_col"], gg, h.beta2, h.part)
         else:
             ema_(s["exp_avg_sq"], gg, h.beta2)
 
@@ -295,20 +303,23 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if "rms_sq" in s:
             return s["rms_sq"].sqrt()
         if "exp_avg_sq_row" in s:
-            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like).sqrt()
+            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like, h.part).sqrt_()
         return s["exp_avg_sq"].clone() if h.use_focus else s["exp_avg_sq"].sqrt()
 
     def divide(self, a, b, point, h):
         if h.use_focus:
             return focus(a, point, b)
-        return atan2(a, b) if h.d_eps is None else a / b.add_(h.d_eps)
+        return atan2(a, b) if h.d_eps is None else a.div_(b.add_(h.d_eps))
 
     def averaged_update(self, g, dg, b, point, s, h):
         """Without Schedule-Free: the first moment, divided (ADOPT: the average of divided d g)."""
         if h.use_adopt:
             g = dg = clamp(self.divide(dg, b, point, h), h.clamp)
         m = ema_(s["exp_avg"], dg, h.beta1)
-        u = cautious(m, g) if h.use_cautious else grams(m, g) if h.use_grams else m.clone()
+        if h.use_cautious:
+            u = cautious(m, g, h.part)
+        else:
+            u = grams(m, g) if h.use_grams else m.clone()
         return u if h.use_adopt else self.divide(u, b, point, h)
 
     def follow(self, y, u, s, h):
@@ -319,7 +330,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             add_scaled_(u, y, h.weight_decay)
         if h.use_cautious or h.use_grams:
             move = add_scaled_((y - z) * h.c, u, h.pull)
-            y.sub_(cautious(move, u) if h.use_cautious else grams(move, u))
+            y.sub_(cautious(move, u, h.part) if h.use_cautious else grams(move, u))
         else:
             y.lerp_(z, h.c)
             add_scaled_(y, u, -h.pull)
@@ -408,18 +419,24 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
 def scalar_like(p, value):
     """A 0-d tensor beside p, in its working dtype."""
-    return p.new_full((), value, dtype=working_dtype(p.dtype))
+    return local(p).new_full((), value, dtype=working_dtype(p.dtype))
 
 
 @by_tensor
-def progress_(average, l1, l2, g, away, beta, weight):
+def progress_(average, l1, l2, g, away, beta, weight, part=None):
     """SPEED's numerator: running <g, x0 - z> over ||x0 - z||_1, damped by (1 + ||x0 - z||)^2."""
-    dot = (g * away).sum()
+    dot = total((g * away).sum(), part)
     before = torch.where(average.isnan(), dot, average)
     average.copy_(before * beta + dot * (1 - beta))
-    l1.copy_(torch.maximum(l1, away.norm(1)))
-    l2.copy_(torch.maximum(l2, away.norm(2)))
+    l1.copy_(torch.maximum(l1, total(away.norm(1), part)))
+    l2.copy_(torch.maximum(l2, length(away, part)))
     return average / l1 * weight / (l2 + 1).square()
+
+
+@by_tensor
+def once(a, part):
+    """a on the first of a tensor's pieces, else 0: a sum over ranks counts it once."""
+    return a if part is None or part.first else a * 0.0
 
 
 @by_tensor

@@ -13,7 +13,7 @@ import torch
 from .classical import wide_zeros
 from .dadaptation import Estimator, bias_correction
 from .optimizer import given, rate
-from .pieces import add_scaled_, ema_, every, inner, larger, ratio
+from .pieces import add_scaled_, ema_, every, inner, larger, one_norm, ratio
 
 
 class Prodigy(Estimator):
@@ -49,8 +49,10 @@ class Prodigy(Estimator):
         d0 (float): first estimate, at most D; in units of x; (0, inf).
         d_coef (float): factor on dhat; (0, inf).
         growth_rate (float): largest factor from d_k to d_{k+1} once d has left d0; [1, inf].
-        fsdp_in_use (bool): refused when True.
-        slice_p (int): take r and s over every slice_p-th entry; [1, inf).
+        fsdp_in_use (bool): as in :class:`prodigy.DAdaptSGD`.
+        slice_p (int): take r and s over every slice_p-th entry, counted in the whole tensor, so
+            that sharding does not change d; [1, inf). A state dict of sharded parameters has s
+            and p0 in full shape, 0 in between: two words an entry while it is kept.
         cosine_decay (bool): when d has stopped growing, let the step fall to 0 along a cosine. The
             peak is reached after ``peak_patience`` consecutive steps without growth, counted after
             d first exceeded d0.
@@ -62,6 +64,7 @@ class Prodigy(Estimator):
 
     ranges = {"eps": "(0, inf)"}
     sums = ("d_numerator",)
+    sampled = ("s", "p0")
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.999), beta3=None, eps=1e-8, weight_decay=0,
                  decouple=True, use_bias_correction=False, safeguard_warmup=False, d0=1e-6,
@@ -105,10 +108,10 @@ class Prodigy(Estimator):
         return torch.where(peak < 0, 1.0, 0.5 * (1 + torch.cos(math.pi * done)))
 
     def observe(self, x, g, s, h):
-        x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p)
-        r = inner(gp, x0 - every(x, h.slice_p)) * h.r_weight
+        x0, gp = s["p0"].to(x.dtype), every(g, h.slice_p, h.part)
+        r = inner(gp, x0 - every(x, h.slice_p, h.part)) * h.r_weight
         s = add_scaled_(s["s"].mul_(h.beta3), gp, h.s_weight)
-        return r, s.norm(1)
+        return r, one_norm(s)
 
     def advance(self, x, g, s, h):
         dg = g.mul_(h.d)

@@ -14,9 +14,10 @@ from torch import Tensor
 from .classical import wide_zeros
 from .dadaptation import Estimator
 from .optimizer import Family, check, given, known_zero, live, rate
-from .pieces import add_scaled_, ema_, inner, join, larger, length, put_, ratio, root, smaller
-from .pieces import where, working_dtype
+from .pieces import add_scaled_, ema_, inner, join, larger, length, one_norm, put_, ratio, root
+from .pieces import smaller, where, working_dtype
 from .schedulefree import ScheduleFree
+from .shards import average, everywhere, local, part_of
 from .wrapper import Wrapper
 
 
@@ -137,21 +138,23 @@ class LDoG(Family):
     """
 
     ranges = DoG.ranges
+    by_entry = False
 
     def __init__(self, params, reps_rel=1e-6, lr=1.0, weight_decay=0.0, eps=1e-8, **modes):
         super().__init__(**given(locals()))
 
     def buffers(self, group):
         def first(p):
-            return group["reps_rel"] * (1 + p.detach().to(working_dtype(p.dtype)).norm())
+            x = local(p).to(working_dtype(p.dtype))
+            return group["reps_rel"] * (1 + length(x, part_of(p)))
 
         return {"x0": torch.clone, "rbar": first,
-                "G": lambda p: p.new_full((), group["eps"], dtype=working_dtype(p.dtype))}
+                "G": lambda p: local(p).new_full((), group["eps"], dtype=working_dtype(p.dtype))}
 
     def advance(self, x, g, s, h):
         rbar, G = s["rbar"], s["G"]
-        rbar.clamp_min_(length(x - s["x0"].to(x.dtype)))
-        G.add_(length(g).square())
+        rbar.clamp_min_(length(x - s["x0"].to(x.dtype), h.part))
+        G.add_(length(g, h.part).square())
         x.sub_(g * (rbar / G.sqrt() * h.lr))
 
 
@@ -258,7 +261,7 @@ class Mechanic(Wrapper):
     def _fill(self, group):
         """The n betas with their m, v, r and s: the same tensors in every group."""
         known = [p for g in self.param_groups for p in g["params"]]
-        home = known[0] if known else torch.empty(0, dtype=torch.float64)
+        home = local(known[0]) if known else torch.empty(0, dtype=torch.float64)
         betas = home.new_tensor(self.entries["betas"], dtype=working_dtype(home.dtype))
         fresh = {name: torch.zeros_like(betas) for name in ("v", "r", "s")}
         fresh |= dict(m=torch.full_like(betas, 1e-6), betas=betas)
@@ -268,7 +271,7 @@ class Mechanic(Wrapper):
         group["mechanic"] = {**self.entries, "k": 0, "nonfinite": 0, **fresh, **own}
 
     def _point(self, p):
-        return join(p.detach(), self.base_low(p)).to(working_dtype(p.dtype))
+        return join(local(p.detach()), self.base_low(p)).to(working_dtype(p.dtype))
 
     @torch.no_grad()
     def update(self):
@@ -278,24 +281,25 @@ class Mechanic(Wrapper):
             self._ready(p)
         rows = [(g, p, self._point(p).clone()) for g, p in found if not known_zero(rate(g))]
         with self.clean(found):
-            sums = [[a * live(self, g) for a in self._sums(g, p, x)] for g, p, x in rows]
+            sums = [(part_of(p), [a * live(self, g) for a in self._sums(g, p, x)])
+                    for g, p, x in rows]
             self.base.step()
         if rows:
-            self._tune(rows, sums)
+            self._tune(rows, everywhere(sums))
         scale = self.own(self.param_groups[0])["s"].sum()
         for g, p, old in rows:
-            s, alive = self.state[p], live(self, g) != 0
-            delta = s["delta"] + (self._point(p) - old)
-            x = s["ref"].to(old.dtype) + delta * scale.to(delta)
-            s["delta"].copy_(where(alive, delta, s["delta"]))
-            put_(p, where(alive, x, old), self.base_low(p))
+            ref, kept = (local(self.state[p][name]) for name in ("ref", "delta"))
+            alive, delta = live(self, g) != 0, kept + (self._point(p) - old)
+            x = ref.to(old.dtype) + delta * scale.to(delta)
+            kept.copy_(where(alive, delta, kept))
+            put_(local(p), where(alive, x, old), self.base_low(p))
 
     def _ready(self, p):
         if "ref" not in self.state[p]:
             self.state[p].update(ref=p.detach().clone(), delta=wide_zeros(p))
 
     def _sums(self, group, p, x):
-        g, delta = p.grad.to(x.dtype), self.state[p]["delta"]
+        g, delta = local(p.grad).to(x.dtype), local(self.state[p]["delta"])
         g = -g if group.get("maximize") else g
         return inner(delta, g), inner(delta, x), inner(g, g), inner(x, x)
 
@@ -328,7 +332,9 @@ class PolyakStep(ScheduleFree):
     """Schedule-Free whose size is f's linear model at z over the gradient's squared size.
 
     All groups share the step, gamma_g = lr_g size; their rates enter the size's denominator, so
-    that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``.
+    that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``. On several
+    processes f is the mean of their losses: it is taken here over the mesh of DTensors (FSDP2),
+    while under DDP the closure must return it.
     """
 
     estimates = ("size", "weight_sum", "lr_max", "scheduled_lr")
@@ -361,7 +367,8 @@ class PolyakStep(ScheduleFree):
     def prepare(self, groups, totals):
         top = functools.reduce(larger, [rate(g) for g in groups])
         home = groups[0]["size"]
-        loss = self._loss.to(home)
+        params = [p for group in self.param_groups for p in group["params"]]
+        loss = average(local(self._loss).to(home, copy=True), params)
         model, square = (-loss if groups[0]["maximize"] else loss) - groups[0]["f_star"], 0.0
         for group, (descent, squares) in zip(groups, totals):
             model = model + descent.to(home)
@@ -537,7 +544,7 @@ class ScheduleFreePlus(PolyakStep):
             self._keep(group, "y_beta", torch.zeros_like(group["y_beta"]) + new)
 
     def square(self, g, s, h):
-        return g.norm(1)
+        return one_norm(g)
 
     def denominator(self, groups, square):
         """The running mean of sqrt(pi/2) |g|_1, one for all groups."""

@@ -24,6 +24,7 @@ from .classical import wide_zeros
 from .optimizer import FLAGS, RANGES, Family, check, given, keep_, known_zero, live, rate
 from .pieces import add_scaled_, ema_, join, larger, put_, ratio, rectify, residual, root
 from .pieces import smaller, where, working_dtype
+from .shards import local
 from .wrapper import Wrapper
 
 
@@ -125,12 +126,13 @@ class ScheduleFree(Family):
     def _groups(self):
         """(the group's own entries, [(parameter, its state)] for those that have moved)."""
         for group in self.param_groups:
-            states = [(p, self.state[p]) for p in group["params"] if "z" in self.state.get(p, ())]
+            states = ((p, self.state[p]) for p in group["params"] if "z" in self.state.get(p, ()))
             yield self.own(group), states
 
     def _move(self, own, states, old, new):
         """Parameters go from (1-old) z + old x to (1-new) z + new x; x and z stay."""
         for p, s in states:
+            p, s = local(p), {name: local(t) for name, t in s.items()}
             y = join(p, s.get(self.low))
             if own.get("store_x"):
                 y.copy_(s["x"].lerp(s["z"], 1 - new))
@@ -157,7 +159,8 @@ class ScheduleFree(Family):
             self.validate(own)
         batches = super().gather(only)
         pending = self.__dict__.get("_pending", ())
-        self._follow({*pending, *(id(b.group) for b in batches)}, only and only[1])
+        moving = {*(id(group) for group, _, _ in pending), *(id(b.group) for b in batches)}
+        self._follow(moving, only and only[1])
         return batches
 
     @torch.no_grad()
@@ -491,20 +494,25 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
         moves = not isinstance(alive, Tensor) and alive
         return [] if moves else [(t, t.clone(), alive) for t in mine]
 
+    def _here(self, group, p):
+        """The group's own entries, this rank's state, p and the base's residual."""
+        s = {name: local(t) for name, t in self.state[p].items()}
+        return self.own(group), s, local(p), self.base_low(p)
+
     def _to_z(self, group, p):
         """p: y -> z; x waits in z's buffer (or its own)."""
-        own, s = self.own(group), self.state[p]
+        own, s, p, low = self._here(group, p)
         y, z = join(p, s.get("y_residual")).clone(), s["z"].clone()
         if not own["store_x"]:
             s["z"].copy_(y.lerp(z, 1 - 1 / own["y_beta"]))
         if own["weight_decay_at_y"]:
             add_scaled_(z, y, -rate(group) * self._ramp(group) * own["weight_decay_at_y"])
-        put_(p, z, self.base_low(p))
+        put_(p, z, low)
 
     def _to_y(self, group, p, c):
         """p: new z -> y; x moves towards z by c."""
-        own, s = self.own(group), self.state[p]
-        z = join(p, self.base_low(p)).clone().to(working_dtype(p.dtype))
+        own, s, p, low = self._here(group, p)
+        z = join(p, low).clone().to(working_dtype(p.dtype))
         x = s["x"] if own["store_x"] else s["z"].clone()
         y = x.lerp_(z, c).lerp(z, 1 - own["momentum"])
         s["z"].copy_(z)

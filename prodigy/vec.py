@@ -9,6 +9,8 @@ Numbers that live on the device (0-d tensors) must never be read back by the hos
 import torch
 from torch import Tensor
 
+CHUNK = 2**19  # entries of a large tensor that the loop takes at once: 2 MB each, near the cache
+
 _add_tensor = torch.ops.aten._foreach_add.Tensor  # leaves the scalar on the device
 
 
@@ -34,8 +36,9 @@ class Vec:
     def finite(self):
         """Non-finite entries set to zero, and how many there were: one flat copy, then views."""
         flat = torch.cat([t.flatten() for t in self.parts])
-        bad = flat.isfinite().logical_not_().sum()
-        pieces = flat.nan_to_num_(0.0, 0.0, 0.0).split([t.numel() for t in self.parts])
+        clean = flat.nan_to_num(0.0, 0.0, 0.0)
+        bad = flat.ne_(clean).sum().long()
+        pieces = clean.split([t.numel() for t in self.parts])
         return Vec(c.view(t.shape) for c, t in zip(pieces, self.parts)), bad
 
     # out of place -----------------------------------------------------------------------------
@@ -126,11 +129,53 @@ class Vec:
         return torch.stack(torch._foreach_norm(self.parts, order)).norm(order)
 
     def sum(self):
-        """Signed sum: foreach has only norms, so positive and negative entries apart."""
-        positive = Vec(torch._foreach_clamp_min(self.parts, 0.0))
-        negative = Vec(torch._foreach_clamp_max(self.parts, 0.0))
-        return positive.norm(1) - negative.norm(1)
+        """Signed sum: foreach has only norms, so all entries in a row."""
+        return torch.cat([t.flatten() for t in self.parts]).sum()
 
 
 def _bare(other):
     return other.parts if isinstance(other, Vec) else other
+
+
+# rows (p, g, {name: buffer}, part) of a parameter group -----------------------------------------
+
+
+def cut(p, g, s, part, stride=1):
+    """Views of a large tensor and its buffers in pieces, one row each, or the row as it is.
+
+    Temporaries are then no larger than a piece, and still in the cache when they are read. Buffers
+    have p's entries or every stride-th; a piece begins at one of those. (Those of a shard, which
+    has a `part`, lie elsewhere: it is cut only where the stride is 1.)
+    """
+    tensors, n = [p, g, *s.values()], p.numel()
+    few = -(-n // stride)
+    whole = n <= CHUNK or (part is not None and stride > 1)
+    if whole or not all(t.is_contiguous() and t.numel() in (n, few) for t in tensors):
+        return [(p, g, s, part)]
+    size = max(CHUNK // stride, 1)
+    pieces = [t.view(-1).split(size * stride if t.numel() == n else size) for t in tensors]
+    return [(p, g, dict(zip(s, rest)), part) for p, g, *rest in zip(*pieces)]
+
+
+def in_turn(rows):
+    """Lists of rows that foreach takes at once, each with at most an eighth of all entries.
+
+    A body holds up to six temporaries at a time; together they then stay below the size of the
+    parameters, unless those are few or one tensor that cannot be cut is most of them.
+    """
+    limit = max(sum(row[0].numel() for row in rows) / 8, CHUNK)
+    some, size = [], 0
+    for row in rows:
+        if some and size + row[0].numel() > limit:
+            yield some
+            some, size = [], 0
+        some.append(row)
+        size += row[0].numel()
+    yield some
+
+
+def stack(rows):
+    """One row of ``Vec``s."""
+    params, grads, states, parts = zip(*rows)
+    states = {key: Vec(s[key] for s in states) for key in states[0]}
+    return Vec(params), Vec(grads), states, Vec(parts)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .optimizer import Family, check_gradient
 from .pieces import finite
+from .shards import everywhere, gradient, local, part_of, present
 
 
 class Wrapper(Family):
@@ -36,14 +37,16 @@ class Wrapper(Family):
     def base_low(self, p):
         """The residual of a base of this family, which holds float32 beside bfloat16 p."""
         own = isinstance(self.base, Family)
-        return self.base.state.get(p, {}).get("residual") if own else None
+        return local(self.base.state.get(p, {}).get("residual")) if own else None
 
     def step_param(self, p, group):
         raise RuntimeError(f"{type(self).__name__} steps its base as a whole: call step()")
 
     def found(self):
         """[(group, parameter)] of those with a gradient, all checked."""
-        rows = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        rows = [(g, p) for g in self.param_groups for p in g["params"]]
+        found = set(present([p for _, p in rows]))
+        rows = [(g, p) for g, p in rows if p in found]
         for _, p in rows:
             check_gradient(p)
         return rows
@@ -55,18 +58,23 @@ class Wrapper(Family):
         try:
             holes = []
             for _, p in rows:
-                p.grad, bad = finite(p.grad)
-                holes.append(bad)
+                (clean, bad), part = finite(gradient(p)), part_of(p)
+                p.grad = part.wrap(clean) if part else clean
+                holes.append((part, [bad]))
             yield
         finally:
             for (_, p), g in zip(rows, grads):
                 p.grad = g
-        for (group, _), bad in zip(rows, holes):
+        for (group, _), (bad,) in zip(rows, everywhere(holes)):
             own = self.own(group)
             own["nonfinite"] = own["nonfinite"] + bad
 
     def nonfinite(self):
         return sum(int(self.own(group)["nonfinite"]) for group in self.param_groups)
+
+    def _states(self):
+        its = self.base._states() if isinstance(self.base, Family) else self.base.state.values()
+        return [*self.state.values(), *its]
 
     def state_dict(self):
         """The base's, with this optimizer's tensors added to each parameter's state."""

@@ -1,14 +1,11 @@
 """Fused backward: ``step_param`` from gradient hooks gives the numbers of ``step()``."""
 
-import weakref
-
 import pytest
 import torch
 import zoo
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import prodigy
+from prodigy.lab.cost import Peak
 
 
 def takes(case):
@@ -220,29 +217,6 @@ def test_d_moves_once_at_the_end_of_the_pass(case):
 
 
 # memory ----------------------------------------------------------------------------------------
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes alive at once of the storages that operations return within the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = weakref.WeakSet()
-
-    def freed(self, size):
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        storages = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        for storage in storages:
-            if storage not in self.seen:
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
 
 
 def peak(fused, layers=8, width=32):

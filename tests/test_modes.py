@@ -5,6 +5,9 @@ All give the same numbers; none reads a number back from the device; changing nu
 
 import collections
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prodigy
+from prodigy import vec
 from prodigy.optimizer import Family
 
 
@@ -62,6 +66,32 @@ def check_equal(case, **mode):
 @every_case
 def test_foreach_equals_loop(case):
     check_equal(case, foreach=True)
+
+
+@every_own_case
+@either_way
+def test_large_tensors_in_parts_give_the_same(case, foreach, monkeypatch):
+    """Cut where a method allows it, as large tensors are; foreach takes a few parts at once."""
+    whole = zoo.run(case, foreach=foreach)
+    monkeypatch.setattr(vec, "CHUNK", 4)
+    parts = zoo.run(case, foreach=foreach)
+    assert zoo.error(zoo.final(parts.problem), zoo.final(whole.problem)) < 1e-9
+    torch.testing.assert_close(parts.d, whole.d, rtol=1e-9, atol=0)
+
+
+def test_parts_of_a_tensor_and_its_buffers():
+    p, g, v, s = (torch.arange(n) for n in (3000, 3000, 3000, 273))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vec, "CHUNK", 500)
+        rows = vec.cut(p, g, {"v": v, "s": s}, None, 11)
+        assert [len(row[0]) for row in rows] == 6 * [495] + [30]
+        for row in rows:  # a part's slice belongs to the part
+            assert torch.equal(row[0][::11], 11 * row[2]["s"])
+        assert torch.equal(torch.cat([row[2]["v"] for row in rows]), v)
+        strided = torch.zeros(40, 40).t()
+        assert len(vec.cut(strided, strided, {}, None)) == 1
+        patch.setattr(vec, "CHUNK", 1000)
+        assert [len(some) for some in vec.in_turn(rows)] == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("case", CAPTURABLE, ids=str)
@@ -338,3 +368,103 @@ def test_vmap_over_lr_and_seed_equals_separate_runs(case):
         torch.testing.assert_close(d[i], own_d, rtol=1e-9, atol=0)
     assert len({round(float(a), 12) for a in batched[:, 0]}) == 5
     assert torch.equal(batched[4], starts[4])
+
+
+# without a compiler ----------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, warnings, torch, prodigy
+
+def run(compiled):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 2), (), (4,))]
+    optimizer = prodigy.Prodigy([dict(params=params[:2]), dict(params=params[2:])],
+                                compile=compiled)
+    for _ in range(5):
+        for p in params:
+            p.grad = p.detach().clone()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params]), optimizer.get_d()
+
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    compiled, d = run(True)
+plain, e = run(False)
+assert torch.equal(compiled, plain) and d == e
+print(*[str(w.message) for w in heard if "compile=True" in str(w.message)], sep="\\n")
+"""
+
+
+def test_without_a_compiler_the_step_runs_with_one_warning(tmp_path):
+    env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("compile=True finds no compiler") and "no-such-compiler" in line
+
+
+def test_an_error_of_the_compiler_that_is_not_a_missing_one_is_raised(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("broken backend")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, options, **modes: compile(
+        run, backend=broken, **modes))
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="broken backend"):
+        prodigy.SGD([p], lr=0.1, compile=True).step()
+    assert torch.equal(p, torch.ones(3))
+
+
+# on a GPU --------------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def strict():
+    """Whoever waits for the device gets an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("mode", [{}, dict(foreach=False), dict(compile=True)],
+                         ids=["foreach", "loop", "compiled"])
+@pytest.mark.parametrize("case", [c for c in OWN_METHODS if not is_wrapper(c)], ids=str)
+def test_no_synchronisation_in_steady_state(case, mode, strict, fresh_compiler):
+    problem = zoo.problem(torch.float32, "cuda")
+    optimizer = zoo.make(case, problem.params, **mode)
+    zoo.run(optimizer, 3, problem=problem)
+    strict()
+    for _ in range(3):
+        optimizer.step()
+
+
+@needs_cuda
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy", "AdamWScheduleFree", "DAdaptAdam"])
+def test_the_step_is_captured_in_a_graph(name, foreach):
+    """Replays give the numbers of as many steps."""
+    ends = []
+    for captured in (False, True):
+        problem = zoo.problem(torch.float32, "cuda")
+        problem.fill(0)
+        optimizer = getattr(prodigy, name)(problem.params, capturable=True, foreach=foreach)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for _ in range(4):
+            graph.replay() if captured else optimizer.step()
+        ends.append(zoo.final(problem))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)

@@ -141,8 +141,8 @@ def test_the_sums_are_nothing_beside_the_gradients():
             optimizer, seen = getattr(prodigy, name)([p]), []
             totals = optimizer._totals
 
-            def noting(pending, batches, which):
-                groups, sums = totals(pending, batches, which)
+            def noting(rows):
+                groups, sums = totals(rows)
                 seen.extend(t for row in sums for t in row)
                 return groups, sums
 

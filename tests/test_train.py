@@ -194,6 +194,25 @@ def test_without_a_compiler_the_graph_runs_and_says_so(monkeypatch):
     np.testing.assert_array_equal(trace.loss, expected.loss)
 
 
+def test_make_may_choose_where_to_begin():
+    def at_zero(params, lr):
+        for W in params:
+            W.zero_()
+        return prodigy.Adam(params, lr=lr, capturable=True)
+
+    asked = at_zero, IRIS, [0.1], [0]
+    one, many = (sweep(*asked, epochs=2, batched=batched) for batched in (False, True))
+    np.testing.assert_allclose(many.loss, one.loss, rtol=1e-9)
+    assert many.loss[0, 0, -1] < 0.9 * np.log(3)  # it has left zero
+
+
+def test_what_is_the_same_for_all_runs_is_kept_once():
+    out = torch.func.vmap(lambda x: {"own": x + 1, "same": torch.arange(3.0)})(torch.zeros(4))
+    tensors, dims = train.apart(out)
+    assert dims == {"own": 0, "same": None}
+    assert tensors["own"].shape == (4,) and torch.equal(tensors["same"], torch.arange(3.0))
+
+
 def test_runs_measured_in_shares_give_the_same_numbers(monkeypatch):
     assert train.share_of(130, 10, most=700) == 65 and train.share_of(7, 10, most=60) == 1
     assert train.share_of(7, 10, most=70) == 7

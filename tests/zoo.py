@@ -11,6 +11,7 @@ Adding a method: its cases in ``CASES``, its class in ``METHODS``, departures in
 
 import contextlib
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -142,6 +143,14 @@ def mechanic(base, **base_kwargs):
     return tuned
 
 
+def share_of_mean(g):
+    """A vector whose squared length, averaged over all ranks, is that of the whole gradient."""
+    if not hasattr(g, "to_local"):
+        return g
+    cut = [g.device_mesh.size(i) for i, q in enumerate(g.placements) if q.is_shard()]
+    return g.to_local() * math.prod(cut) ** 0.5
+
+
 class WithLoss:
     """A method that needs the loss, for tests that give gradients alone: it takes |g|^2/2."""
 
@@ -153,8 +162,9 @@ class WithLoss:
         rows = [(group, p.grad) for group, p in rows if p.grad is not None]
         if not rows or any(g.is_sparse for _, g in rows):
             return torch.zeros(())
-        wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for _, g in rows]
-        half = -0.5 if rows[0][0]["maximize"] else 0.5
+        grads = [share_of_mean(g) for _, g in rows]
+        wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        half = -0.5 if self.param_groups[0]["maximize"] else 0.5
         return half * torch.cat(wide).nan_to_num(0.0, 0.0, 0.0).square().sum()
 
 

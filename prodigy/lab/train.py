@@ -115,8 +115,7 @@ def gradients(X, target, weights):
 
 def backward(inputs, scores, target, weights):
     """The gradients, by back-propagation from what `forward` returned."""
-    # torch.softmax takes three times as long on rows this short
-    slope = (scores - torch.logsumexp(scores, 1, keepdim=True)).exp() - target
+    slope = torch.softmax(scores, 1) - target
     grads = []
     for k in reversed(range(len(weights))):
         grads.append(inputs[k].T @ slope / len(scores))
@@ -153,6 +152,12 @@ def put_back(optimizer, tensors, rest):
     (form, leaves), tensors = rest, iter(tensors)
     optimizer.load_state_dict(
         tree_unflatten([next(tensors) if leaf is ... else leaf for leaf in leaves], form))
+
+
+def apart(out):
+    """(tensors as vmap returned them, their in_dims): what is the same for all runs, once."""
+    dims = tree_map(lambda t: 0 if t.stride(0) else None, out)  # vmap expands it
+    return tree_map(lambda t, dim: t[0] if dim is None else t, out, dims), dims
 
 
 def captured(function, compile, *examples):
@@ -288,9 +293,11 @@ def sweep(
         return weights, mean, tensors
 
     def resumed(state, lr):
-        weights, mean, tensors = state
-        weights = [W.clone() for W in weights]
+        now, mean, tensors = state
+        weights = [W.clone() for W in now]
         optimizer, peaks = begin(weights, lr)
+        for W, value in zip(weights, now):  # make may choose where to begin
+            W.copy_(value)
         put_back(optimizer, tensors, known[0])
         return optimizer, peaks, weights, mean if average else weights
 
@@ -306,28 +313,29 @@ def sweep(
         optimizer, _, _, mean = resumed(state, lr)
         return measure(optimizer, mean)
 
-    def together(lr, weights, orders):
+    def together(lr, state, orders):
         """All runs, (runs, epochs, 4)."""
         runs, turns = len(lr), len(lr) // len(orders)
         share = share_of(runs, max(len(X), len(y_test) if tested else 0) * data.classes)
-        in_dims, trace = (0, 0, 0, None, None), []
+        rest, trace = (0, 0, None, None), []
         pace = torch.tensor(factors, dtype=torch.float64, device=device)
         counts = torch.arange(len(pace), device=device)
         for epoch in trange(epochs, desc=label, leave=False, disable=quiet):
             for k in range(epoch * steps, (epoch + 1) * steps):
                 i = orders[:, epoch, k % steps * batch :][:, :batch].repeat(turns, 1)
                 now = lr, i, pace[k], counts[k]
-                if k == 0:
+                if k < 2:
                     with Batchable():
-                        state = vmap(first, in_dims)(weights, *now)
+                        begun = vmap(later, (dims, *rest)) if k else vmap(first, (0, *rest))
+                        state, dims = apart(begun(state, *now))
                     continue
-                if k == 1:
-                    step = captured(vmap(later, in_dims), compile, state, *now)
+                if k == 2:
+                    step = captured(vmap(later, (dims, *rest), dims), compile, state, *now)
                 state = step(state, *now)
-            pieces = [slice(a, a + share) for a in range(0, runs, share)]
-            parts = [tree_map(lambda t: t[piece], (state, lr)) for piece in pieces]
+            parts = [(tree_map(lambda t, dim: t if dim is None else t[a : a + share], state, dims),
+                      lr[a : a + share]) for a in range(0, runs, share)]
             if epoch == 0:
-                look = captured(vmap(seen), compile, *parts[0])
+                look = captured(vmap(seen, (dims, 0)), compile, *parts[0])
             trace.append(torch.cat([look(*part) for part in parts]))
         return torch.stack(trace, 1)
 

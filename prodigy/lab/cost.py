@@ -1,0 +1,347 @@
+"""What a step costs: words that pass through memory, time beside another optimizer's, memory.
+
+    words(Prodigy)                      10.0: what any program must read and write, per parameter
+    loops(generated(Prodigy), entries)  [(3, 0), (6, 4)]: reads and writes of Inductor's loops
+    compare(makers, shapes, rounds)     steps timed in turn, as ratios to the first of the makers
+    peak(optimizer)                     the most memory that a step takes beyond what was there
+
+Times of one machine mean little on another, and little beside other programs; their ratios mean
+more, if the steps are taken in turn: what slows one round slows all of it.
+"""
+
+import contextlib
+import io
+import re
+import time
+import weakref
+from functools import partial
+from pkgutil import resolve_name
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+
+import prodigy
+
+from .train import QUIET
+
+
+def resnet18(classes=10):
+    """Shapes of the 62 tensors (11.2 M entries) of ResNet-18 for 32 x 32 images."""
+    shapes, before = [(64, 3, 3, 3), (64,), (64,)], 64
+    for width in (64, 128, 256, 512):
+        for _ in range(2):
+            shapes += [(width, before, 3, 3), (width,), (width,)]
+            shapes += [(width, width, 3, 3), (width,), (width,)]
+            if before != width:
+                shapes += [(width, before, 1, 1), (width,), (width,)]
+            before = width
+    return [*shapes, (classes, 512), (classes,)]
+
+
+def gpt(width=448, layers=6, vocabulary=2048, context=512):
+    """Shapes of the tensors of a GPT, 12 a layer and 4; by default 76 with 15.6 M entries."""
+    vector = (width,)
+    block = [vector, vector, (3 * width, width), (3 * width,), (width, width), vector,
+             vector, vector, (4 * width, width), (4 * width,), (width, 4 * width), vector]
+    return [(vocabulary, width), (context, width), *block * layers, vector, vector]
+
+
+NETWORKS = {
+    "two matrices": [(256, 256), (256, 256), (256,)],
+    "gpt, 2 layers": gpt(512, 2, 1024, 256),
+    "gpt": gpt(),
+    "gpt, 124 M": gpt(768, 12, 50304, 1024),
+    "resnet18": resnet18(),
+}
+SLICED = "Prodigy, slice_p 11"
+# method: (class or what makes it, its reference as package:class or "")
+METHODS = {
+    "SGD": (prodigy.SGD, ""),
+    "Adagrad": (prodigy.Adagrad, ""),
+    "RMSprop": (prodigy.RMSprop, ""),
+    "Adam": (prodigy.Adam, ""),
+    "AdamW": (prodigy.AdamW, "torch.optim:AdamW"),
+    "D-Adapt SGD": (prodigy.DAdaptSGD, "dadaptation:DAdaptSGD"),
+    "D-Adapt AdaGrad": (prodigy.DAdaptAdaGrad, "dadaptation:DAdaptAdaGrad"),
+    "D-Adapt Adam": (prodigy.DAdaptAdam, "dadaptation:DAdaptAdam"),
+    "Prodigy": (prodigy.Prodigy, "prodigyopt:Prodigy"),
+    SLICED: (partial(prodigy.Prodigy, slice_p=11), "prodigyopt:Prodigy"),
+    "Schedule-Free SGD": (prodigy.SGDScheduleFree, "schedulefree:SGDScheduleFree"),
+    "Schedule-Free AdamW": (prodigy.AdamWScheduleFree, "schedulefree:AdamWScheduleFree"),
+    "Schedule-Free RAdam": (prodigy.RAdamScheduleFree, "schedulefree:RAdamScheduleFree"),
+    "Prodigy + Schedule-Free": (prodigy.ProdigyPlusScheduleFree,
+                                "prodigyplus:ProdigyPlusScheduleFree"),
+    "DoG": (prodigy.DoG, ""),
+    "L-DoG": (prodigy.LDoG, ""),
+    "DoWG": (prodigy.DoWG, ""),
+    "COCOB": (prodigy.COCOB, ""),
+    "Schedule-Free Polyak": (prodigy.ScheduleFreePolyak, ""),
+    "ScheduleFree+": (prodigy.ScheduleFreePlus, ""),
+    "D-Adapt Resetting": (prodigy.DAdaptResetting, ""),
+}
+
+
+def parameters(shapes, device="cpu", seed=0):
+    """Normal parameters of size 0.05 with normal gradients of size 0.01, all float32."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in shapes:
+        p = torch.nn.Parameter((0.05 * torch.randn(shape, generator=generator)).to(device))
+        p.grad = (0.01 * torch.randn(shape, generator=generator)).to(device)
+        params.append(p)
+    return params
+
+
+def stepper(optimizer):
+    """A function that takes one step; losses, where a method asks for one, are 1."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return lambda: optimizer.step(lambda: torch.ones(()))
+
+
+def build(make, shapes, device="cpu", seed=0):
+    """make(parameters), without what reference packages print."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return make(parameters(shapes, device, seed))
+
+
+# time --------------------------------------------------------------------------------------------
+
+
+def compare(makers, shapes, rounds=20, device="cpu", seed=0):
+    """Step times as ratios to the first method's, every method stepping once in every round.
+
+    Args:
+        makers: {name: function of a list of parameters that returns an optimizer}.
+        shapes: of the parameters; every optimizer has its own.
+        rounds (int): how many, after three steps of each to warm up.
+
+    Returns:
+        DataFrame with a row for each name: ratio (median over the rounds), ratio_low and
+        ratio_high (quartiles), bytes_per_parameter (state), first (seconds of the first step,
+        with compilation).
+    """
+    device = torch.device(device)
+    steps, first, state = {}, {}, {}
+    for name in tqdm(makers, desc="first steps", disable=QUIET):
+        optimizer = build(makers[name], shapes, device, seed)
+        steps[name] = stepper(optimizer)
+        first[name] = seconds(steps[name], device)
+        for _ in range(2):
+            steps[name]()
+        state[name] = state_bytes(optimizer)
+    times = {name: [] for name in makers}
+    for _ in tqdm(range(rounds), desc="rounds", disable=QUIET):
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+    base = np.array(next(iter(times.values())))
+    rows = []
+    for name, taken in times.items():
+        low, middle, high = np.quantile(np.array(taken) / base, [0.25, 0.5, 0.75])
+        rows.append(dict(name=name, ratio=middle, ratio_low=low, ratio_high=high,
+                         bytes_per_parameter=state[name], first=first[name]))
+    return pd.DataFrame(rows).set_index("name")
+
+
+def seconds(step, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
+    """The methods beside torch's AdamW (fused and foreach) and their references, one table.
+
+    Args:
+        network: a key of ``NETWORKS``.
+        names: keys of ``METHODS``, run eager and beside a reference that is installed.
+        compiled: those of them that are compiled too.
+
+    Returns:
+        DataFrame with method, mode (fused, foreach, eager, compiled, reference), ratio with its
+        quartiles, floor (words over those of AdamW), words, bytes_per_parameter, reference (the
+        package), device, torch, network; and as its attrs["first"] the seconds of first steps.
+    """
+    adamw = torch.optim.AdamW
+    makers = {("AdamW", "fused"): partial(adamw, fused=True),
+              ("AdamW", "foreach"): partial(adamw, foreach=True)}
+    for name in names:
+        make, reference = METHODS[name]
+        makers[name, "eager"] = make
+        if name in compiled:
+            makers[name, "compiled"] = partial(make, compile=True)
+        if reference and name != "AdamW" and (theirs := installed(reference)):
+            makers[name, "reference"] = partial(theirs, **getattr(make, "keywords", {}))
+    table = compare(makers, NETWORKS[network], rounds, device, seed).reset_index()
+    first = table.pop("first")
+    table.insert(0, "mode", [mode for _, mode in table.name])
+    table.insert(0, "method", [method for method, _ in table.pop("name")])
+    floor = {name: words(METHODS[name][0]) for name in {*names, "AdamW"}}
+    table.insert(5, "words", table.method.map(floor))
+    table.insert(5, "floor", table.words / floor["AdamW"])
+    packages = {name: reference.split(":")[0] for name, (_, reference) in METHODS.items()}
+    device = torch.device(device)
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    table = table.assign(reference=table.method.map(packages), device=named,
+                         torch=torch.__version__, network=network)
+    table.attrs["first"] = dict(zip(makers, first))
+    return table
+
+
+def installed(reference):
+    """The class that package:class names, or None where the package is missing."""
+    try:
+        return resolve_name(reference)
+    except ImportError:
+        return None
+
+
+# memory ------------------------------------------------------------------------------------------
+
+
+def tensors(optimizer):
+    """{address of its storage: (tensor, "p", "g" or its state key)} of all that a step may use."""
+    found = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            named = [(p, "p"), (p.grad, "g"), *((t, k) for k, t in optimizer.state[p].items())]
+            found |= {t.untyped_storage().data_ptr(): (t, name) for t, name in named
+                      if isinstance(t, Tensor) and t.dim()}
+    return found
+
+
+def state_bytes(optimizer):
+    """Bytes of state for each parameter entry, without the parameter and its gradient."""
+    rows = tensors(optimizer).values()
+    size = sum(t.numel() * t.element_size() for t, name in rows if name not in ("p", "g"))
+    return size / sum(t.numel() for t, name in rows if name == "p")
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once of the storages that operations return within the block.
+
+    known: tensors that were there before and do not count.
+    """
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
+
+    def freed(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        storages = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for storage in storages:
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+
+def peak(optimizer):
+    """The most bytes that an eager step holds at once beyond parameters, gradients and state."""
+    step = stepper(optimizer)
+    for _ in range(3):
+        step()
+    with Peak([t for t, _ in tensors(optimizer).values()]) as memory:
+        step()
+    return memory.most
+
+
+# words -------------------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Which of the known storages are read, and which written, in the current phase."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.phases = known, [(set(), set())]
+
+    def next_phase(self):
+        self.phases.append((set(), set()))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            read, written = self.phases[-1]
+            for argument, value in zip(function._schema.arguments, args):
+                changes = argument.alias_info is not None and argument.alias_info.is_write
+                only_written = changes and "copy_" in function._schema.name
+                for t in value if isinstance(value, (list, tuple)) else [value]:
+                    key = t.untyped_storage().data_ptr() if isinstance(t, Tensor) else None
+                    if key in self.known:
+                        read |= set() if only_written else {key}
+                        written |= {key} if changes else set()
+        return out
+
+
+def words(make, shape=(600, 1000)):
+    """The floor: words that a step must read and write for each parameter entry of a matrix.
+
+    Every tensor that the step uses is read once and, where it changes, written once; what must
+    be known of all gradients before the first entry can move is another reading.
+    """
+    optimizer = build(make, [shape])
+    step = stepper(optimizer)
+    for _ in range(3):
+        step()
+    known = tensors(optimizer)
+    with Traffic(known) as traffic:
+        run = optimizer._pass
+        optimizer._pass = lambda *a: (traffic.next_phase(), run(*a))[1]
+        step()
+    size = {key: t.numel() for key, (t, _) in known.items()}
+    looked, passed = traffic.phases if optimizer.look is not None else ((), merged(traffic.phases))
+    moved = [key for part in (*looked, *passed) for key in part]
+    return sum(size[key] for key in moved) / np.prod(shape)
+
+
+def merged(phases):
+    """The storages of several phases as those of one."""
+    read, written = zip(*phases)
+    return set().union(*read), set().union(*written)
+
+
+def generated(make, shape=(600, 1000)):
+    """The C++ program that Inductor makes of a step over one matrix on the CPU."""
+    torch._dynamo.reset()
+    step = stepper(build(partial(make, compile=True), [shape]))
+    # programs that are taken from these caches have no text
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        return run_and_get_code(step)[1][-1]
+
+
+def loops(code, entries):
+    """(words read, words written) in every loop of a generated program over so many entries."""
+    found = []
+    for body in code.split("for(int64_t x0=")[1:]:
+        if f"<static_cast<int64_t>({entries}L)" in body.split(";")[1]:
+            body = body.split("#pragma omp")[0]
+            reads = re.findall(r"::loadu\((\w+) \+ static_cast<int64_t>\(x0\)", body)
+            writes = re.findall(r"\.store\((\w+) \+ static_cast<int64_t>\(x0\)", body)
+            found.append((len(set(reads)), len(set(writes))))
+    return found
+
+
+def buffers(code):
+    """How many entries each tensor has that a generated program makes for itself."""
+    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]*)\)", code)
+    return [int(np.prod([int(n) for n in re.findall(r"\d+", shape)])) for shape in shapes]
