@@ -616,7 +616,8 @@ def test_a_starting_point_saved_beside_bfloat16_weights_becomes_the_way_from_it(
     saved["state"][0]["p0"] = torch.zeros_like(pieces.every(p, SLICE))
     optimizer.load_state_dict(saved)
     p.grad = torch.zeros_like(p)
-    optimizer._ready(optimizer.param_groups[0], p)
+    group = optimizer.param_groups[0]
+    optimizer._ready(group, p, optimizer.buffers(group))
     assert "p0" not in optimizer.state[p]
     assert torch.equal(optimizer.state[p]["away"], -pieces.every(point, SLICE).float())
 
