@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
-from .shards import everywhere, gradient, local, part_of, present
+from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
 
 log = logging.getLogger("prodigy")
@@ -348,12 +348,13 @@ class Family(torch.optim.Optimizer):
         """Check everything, then sort what has a gradient by group, device, dtype and clock."""
         if only is None:
             everyone = [p for group in self.param_groups for p in group["params"]]
-            found = set(present(everyone, self.__dict__.get("_taken", ())))
+            found = present(everyone, self.__dict__.get("_taken", ()))
         else:
-            found = {only[1]} if only[1].grad is not None else ()
+            found = [only[1]] if only[1].grad is not None else []
+        found = set(map(id, found))  # tensors are slow to hash
         active = []
         for group in self.param_groups if only is None else [only[0]]:
-            params = [p for p in group["params"] if p in found]
+            params = [p for p in group["params"] if id(p) in found]
             for p in params:
                 check_gradient(p)
             active.append((group, params))
@@ -366,7 +367,7 @@ class Family(torch.optim.Optimizer):
                 s = self._ready(group, p, buffers)
                 if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
-                t, clock = self._tick(group, s, working_dtype(p.dtype))
+                t, clock = self._tick(group, s, p)
                 part = part_of(p)
                 key = (id(group), p.device, p.dtype, clock, frozenset(s), part and part.ranks)
                 if key not in batches:
@@ -383,8 +384,8 @@ class Family(torch.optim.Optimizer):
         for name, make in buffers.items():
             if name not in s and (buffer := make(p)) is not None:
                 s[name] = buffer
-        wide = p.dtype == working_dtype(p.dtype) or self._rounds_at_random(group, p)
-        if not wide and "residual" not in s:
+        narrow = p.dtype.itemsize < 4 and not self._rounds_at_random(group, p)
+        if narrow and "residual" not in s:
             s["residual"] = residual(p)
         if self.own_clock:  # where torch.optim has it, also after a checkpoint of the other kind
             step = s["step"] if "step" in s else torch.zeros((), dtype=torch.float32)
@@ -394,13 +395,13 @@ class Family(torch.optim.Optimizer):
     def _rounds_at_random(self, group, p):
         return bool(group.get("stochastic_rounding")) and p.dtype == torch.bfloat16
 
-    def _tick(self, group, s, dtype):
+    def _tick(self, group, s, p):
         """The number of this step, counted from 1, and a key for those that share it."""
         if not self.own_clock:
             return group["k"] + 1, None
         s["step"] += 1
         if group["capturable"]:
-            return s["step"].to(dtype), id(s["step"])
+            return s["step"].to(working_dtype(p.dtype)), id(s["step"])
         return int(s["step"]), int(s["step"])
 
     def _set_scalars(self, batches):
@@ -710,9 +711,9 @@ def check_gradient(p):
     g = p.grad
     if g is None:  # of a sharded parameter, whose gradient other ranks have
         return
-    if hasattr(g, "to_local") != hasattr(p, "to_local"):
+    if sharded(g) != sharded(p):
         raise RuntimeError("gradient and parameter must both be DTensors, or neither")
-    if g.is_sparse or g.layout != torch.strided:
+    if g.layout != torch.strided:
         raise RuntimeError("sparse gradients are not supported: use sparse=False in the embedding")
     if g.is_complex():
         raise RuntimeError("complex gradients are not supported: use torch.view_as_real")

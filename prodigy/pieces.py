@@ -82,9 +82,21 @@ def tail(a):
     return a.as_strided((a.numel(),), (1,)) if torch.compiler.is_compiling() else a
 
 
+def placed(a):
+    """a, which a compiled step computes once and keeps, not anew for every entry that needs it."""
+    return tail(a).view(a.shape)
+
+
 def ema_(m, value, beta):
     """m <- beta m + (1 - beta) value, in place."""
+    if torch.compiler.is_compiling():  # lerp's choice between two formulas costs 6 % of a step
+        return m.mul_(beta).add_(value * (1 - beta))
     return m.lerp_(value, 1 - beta)
+
+
+def toward_(y, z, c):
+    """y <- y + c (z - y), in place; an entry where z = y stays as it is."""
+    return y.add_((z - y) * c) if torch.compiler.is_compiling() else y.lerp_(z, c)
 
 
 def add_scaled_(x, u, a):
@@ -219,7 +231,7 @@ def rms_clip(u, part=None):
     """
     n = math.prod(part.shape) if part else u.numel()
     rms = length(u, part) / n**0.5
-    return u / rms.clamp_min(1.0).sqrt()
+    return u * rms.clamp_min(1.0).rsqrt()
 
 
 @by_tensor
@@ -320,20 +332,28 @@ def factor_(row, col, gg, beta, part=None):
     """Running means of gg over the largest axis (row) and the second largest (col), in place."""
     dc, dr = factored_axes(part.shape if part else gg.shape)
     for average, axis in ((row, dr), (col, dc)):
-        wide = average.to(gg.dtype)
-        average.copy_(wide.lerp(mean_along(gg, axis, part), 1 - beta))
+        new = ema_(average.to(gg.dtype, copy=True), mean_along(gg, axis, part), beta)
+        average.copy_(placed(new))
     return row
 
 
 def mean_along(t, axis, part):
     if part:
         return total(t.sum(axis, keepdim=True), part, axis) / part.shape[axis]
+    n = t.shape[axis]
+    if torch.compiler.is_compiling() and 1 < t.stride(axis) < 64 and n % 16 == 0:
+        # of short rows sixteen at a time, or Inductor starts its threads anew for every mean
+        return placed(t.unflatten(axis, (-1, 16)).sum(axis)).sum(axis, keepdim=True) / n
     return t.mean(axis, keepdim=True)
 
 
 @by_tensor
-def unfactor(row, col, like, part=None):
-    """row col / mean(row): exact where the second moment has rank one."""
+def unfactored_root(row, col, like, part=None):
+    """Root of row col / mean(row), as the product of two roots: no root is taken entry by entry.
+
+    Exact where the second moment has rank one.
+    """
     dc, _ = factored_axes(part.shape if part else like.shape)
     row, col = row.to(like.dtype), col.to(like.dtype)
-    return row / mean_along(row, dc, part).clamp_min(1e-30) * col
+    row = row / mean_along(row, dc, part).clamp_min(1e-30)
+    return placed(row.sqrt()) * placed(col.sqrt())

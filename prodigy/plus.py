@@ -15,7 +15,7 @@ from .dadaptation import Estimator
 from .optimizer import Family, given, rate
 from .pieces import add_scaled_, atan2, by_tensor, cautious, ema_, every, factor_, factored_axes
 from .pieces import focus, grams, inner, length, mean, one_norm, orthogonal, orthogonalised, ratio
-from .pieces import rectify, rms_clip, smaller, unfactor, where, working_dtype
+from .pieces import rectify, rms_clip, smaller, toward_, unfactored_root, where, working_dtype
 from .prodigy import beta3
 from .schedulefree import ScheduleFree
 from .shards import local, part_of, total
@@ -303,7 +303,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if "rms_sq" in s:
             return s["rms_sq"].sqrt()
         if "exp_avg_sq_row" in s:
-            return unfactor(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like, h.part).sqrt_()
+            return unfactored_root(s["exp_avg_sq_row"], s["exp_avg_sq_col"], like, h.part)
         return s["exp_avg_sq"].clone() if h.use_focus else s["exp_avg_sq"].sqrt()
 
     def divide(self, a, b, point, h):
@@ -332,7 +332,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             move = add_scaled_((y - z) * h.c, u, h.pull)
             y.sub_(cautious(move, u, h.part) if h.use_cautious else grams(move, u))
         else:
-            y.lerp_(z, h.c)
+            toward_(y, z, h.c)
             add_scaled_(y, u, -h.pull)
         add_scaled_(z, u, -h.lr)
         if beside:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .classical import wide_zeros
 from .optimizer import FLAGS, RANGES, Family, check, given, keep_, known_zero, live, rate
 from .pieces import add_scaled_, ema_, join, larger, put_, ratio, rectify, residual, root
-from .pieces import smaller, where, working_dtype
+from .pieces import smaller, toward_, where, working_dtype
 from .shards import local
 from .wrapper import Wrapper
 
@@ -119,7 +119,7 @@ class ScheduleFree(Family):
             add_scaled_(z, u, -h.lr)
             y.copy_(s["x"].lerp_(z, h.c).lerp(z, 1 - h.beta))
         else:
-            y.lerp_(z, h.c)
+            toward_(y, z, h.c)
             add_scaled_(y, u, -h.pull)
             add_scaled_(z, u, -h.lr)
 

@@ -11,14 +11,22 @@ import math
 import torch
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def sharded(t):
+    """Is t a DTensor?"""
+    return type(t) not in PLAIN and hasattr(t, "to_local")  # a missing name is slow to look for
+
+
 def local(t):
     """This rank's piece of a DTensor, to be written in place; anything else as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    return t.to_local() if sharded(t) else t
 
 
 def part_of(p):
     """The ``Part`` of a DTensor that this rank holds; None for anything else."""
-    return _part(p.device_mesh, p.placements, p.shape) if hasattr(p, "to_local") else None
+    return _part(p.device_mesh, p.placements, p.shape) if sharded(p) else None
 
 
 class Part:
@@ -122,24 +130,23 @@ def present(params, taken=()):
 
     One small all_reduce for each mesh, whose result only a rank that lacks a gradient reads.
     """
-    have = {p: p in taken or p.grad is not None for p in params}
-    meshes = {p: p.device_mesh for p in params if hasattr(p, "to_local")}
-    for mesh in dict.fromkeys(meshes.values()):
-        mine = [p for p in meshes if meshes[p] == mesh]
+    have = {p: p in taken or p.grad is not None for p in params if sharded(p)}
+    for mesh in dict.fromkeys(p.device_mesh for p in have):
+        mine = [p for p in have if p.device_mesh == mesh]
         flags = torch.ones(len(mine), dtype=torch.int32, device=mesh.device_type)
         if lacking := not all(have[p] for p in mine):
             flags.copy_(torch.tensor([have[p] for p in mine]))
         flags = reduced(flags, mesh, mesh.get_all_groups(), "MAX")
         if lacking:
             have.update(zip(mine, map(bool, flags.tolist())))
-    return [p for p in params if have[p] and p not in taken]
+    return [p for p in params if have.get(p, p.grad is not None) and p not in taken]
 
 
 def gradient(p):
     """The gradient of this rank's piece; zero where only other ranks have one."""
     if p.grad is None:
         return torch.zeros_like(local(p))
-    if hasattr(p, "to_local") and p.grad.placements != p.placements:
+    if sharded(p) and p.grad.placements != p.placements:
         return local(p.grad.redistribute(placements=p.placements))
     return local(p.grad)
 
