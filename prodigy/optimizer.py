@@ -521,7 +521,7 @@ class Family(torch.optim.Optimizer):
         h = Scalars(h)
         totals = None
         for p, g, s, h.part in zip(params, grads, states, h.parts):
-            x, g, _ = load(p, g, s, h)
+            x, g, _ = load(p, g, s, h, counted=False)
             sums = [a * h.live for a in self.look(x, g, s, h)]
             totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
         return totals
@@ -683,10 +683,10 @@ def live(method, group):
     return (lr != 0).to(lr.dtype) if method.freezes and isinstance(lr, Tensor) else 1
 
 
-def load(p, g, s, h):
+def load(p, g, s, h, counted=True):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype), h.alone)
+    g, bad = finite(g.to(x.dtype), h.alone, counted)
     if h.maximize:
         g.neg_()
     return x, add_scaled_(g, x, h.weight_decay) if h.l2 else g, bad

@@ -121,18 +121,20 @@ def every(t, p, part=None):
     return t.flatten()[part.every(p, t.device) if part else slice(None, None, p)]
 
 
-def finite(g, alone=True):
+def finite(g, alone=True, counted=True):
     """A copy of g with its non-finite entries set to zero, and how many there were (0-d).
 
     alone: no other sum over g's entries as they come in is taken, with which to share a loop.
+    counted: False leaves out the count, which takes longer than the copy.
     """
-    if isinstance(g, Vec):
+    if isinstance(g, Vec) and counted:
         return g.finite()
     if torch.compiler.is_compiling():  # one comparison in the one loop
         good = g.abs() < math.inf
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
-    return g.nan_to_num(0.0, 0.0, 0.0), (g - g).nan_to_num_(1.0).sum().long()  # no slow bools
+    clean = g.nan_to_num(0.0, 0.0, 0.0)
+    return clean, (g - g).nan_to_num_(1.0).sum().long() if counted else None  # no slow bools
 
 
 # low precision ---------------------------------------------------------------------------------
@@ -223,15 +225,15 @@ def atan2(a, b):
 
 
 @by_tensor
-def rms_clip(u, part=None):
-    """u over the root of its root mean square, where that exceeds 1.
+def rms_clip_(u, part=None):
+    """u over the root of its root mean square, where that exceeds 1; in place.
 
     StableAdamW and Adafactor (Shazeer and Stern 2018, 1804.04235, Sec. 6) divide by the root mean
     square itself; the root of it is the softer form of prodigy-plus-schedule-free.
     """
     n = math.prod(part.shape) if part else u.numel()
     rms = length(u, part) / n**0.5
-    return u * rms.clamp_min(1.0).rsqrt()
+    return u.mul_(rms.clamp_min(1.0).rsqrt())
 
 
 @by_tensor
@@ -342,8 +344,9 @@ def mean_along(t, axis, part):
         return total(t.sum(axis, keepdim=True), part, axis) / part.shape[axis]
     n = t.shape[axis]
     if torch.compiler.is_compiling() and 1 < t.stride(axis) < 64 and n % 16 == 0:
-        # of short rows sixteen at a time, or Inductor starts its threads anew for every mean
-        return placed(t.unflatten(axis, (-1, 16)).sum(axis)).sum(axis, keepdim=True) / n
+        # short rows: sixteen at a time, or Inductor starts its threads anew for every one of them
+        some = placed(t.unflatten(axis, (-1, 16)).sum(axis)).unbind(axis)
+        return functools.reduce(torch.add, some).unsqueeze(axis) / n
     return t.mean(axis, keepdim=True)
 
 

@@ -15,7 +15,7 @@ from .dadaptation import Estimator
 from .optimizer import Family, given, rate
 from .pieces import add_scaled_, atan2, by_tensor, cautious, ema_, every, factor_, factored_axes
 from .pieces import focus, grams, inner, length, mean, one_norm, orthogonal, orthogonalised, ratio
-from .pieces import rectify, rms_clip, smaller, toward_, unfactored_root, where, working_dtype
+from .pieces import rectify, rms_clip_, smaller, toward_, unfactored_root, where, working_dtype
 from .prodigy import beta3
 from .schedulefree import ScheduleFree
 from .shards import local, part_of, total
@@ -279,7 +279,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if h.use_orthograd and "rms_sq" not in s:
             u = orthogonal(u, point, h.part)
         if h.use_stableadamw:
-            u = rms_clip(u, h.part)
+            u = rms_clip_(u, h.part)
         if "z" in s:
             self.follow(x, u, s, h)
         else:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 import prodigy
+from prodigy.optimizer import Family
 
 from .train import QUIET
 
@@ -61,7 +62,19 @@ NETWORKS = {
     "gpt, 124 M": gpt(768, 12, 50304, 1024),
     "resnet18": resnet18(),
 }
-SLICED = "Prodigy, slice_p 11"
+
+
+class Idle(Family):
+    """A method that does nothing: what the step that all methods share costs by itself."""
+
+    def __init__(self, params, lr=1.0, **modes):
+        super().__init__(params, lr=lr, **modes)
+
+    def advance(self, x, g, s, h):
+        pass
+
+
+SLICED, ALONE = "Prodigy, slice_p 11", "The step alone"
 # method: (class or what makes it, its reference as package:class or "")
 METHODS = {
     "SGD": (prodigy.SGD, ""),
@@ -86,6 +99,7 @@ METHODS = {
     "Schedule-Free Polyak": (prodigy.ScheduleFreePolyak, ""),
     "ScheduleFree+": (prodigy.ScheduleFreePlus, ""),
     "D-Adapt Resetting": (prodigy.DAdaptResetting, ""),
+    ALONE: (Idle, ""),
 }
 
 
@@ -330,15 +344,28 @@ def generated(make, shape=(600, 1000)):
 
 
 def loops(code, entries):
-    """(words read, words written) in every loop of a generated program over so many entries."""
-    found = []
-    for body in code.split("for(int64_t x0=")[1:]:
-        if f"<static_cast<int64_t>({entries}L)" in body.split(";")[1]:
-            body = body.split("#pragma omp")[0]
-            reads = re.findall(r"::loadu\((\w+) \+ static_cast<int64_t>\(x0\)", body)
-            writes = re.findall(r"\.store\((\w+) \+ static_cast<int64_t>\(x0\)", body)
-            found.append((len(set(reads)), len(set(writes))))
-    return found
+    """(words read, words written) in every loop of a generated program over so many entries.
+
+    A loop may be a nest of several; what it reads for a row or a column alone does not count.
+    """
+    nest, found = [], {}
+    for place, line in enumerate(code.splitlines()):
+        depth = len(line) - len(line.lstrip())
+        if line.strip() not in ("", "{"):
+            nest = [level for level in nest if level[0] < depth]
+        if begun := re.match(r" *for\(int64_t (x\d)=.*?<static_cast<int64_t>\((\d+)L\)", line):
+            nest.append((depth, begun[1], int(begun[2]), place))
+        moved = re.search(r"(::loadu|\.store)\((\w+) \+ static_cast<int64_t>\((.*?)\)[,)]", line)
+        if moved and np.prod([size for _, x, size, _ in nest if x in moved[3]]) == entries:
+            body = found.setdefault(nest[-1][-1], (set(), set()))
+            body[moved[1] == ".store"].add(moved[2])
+    return [(len(reads), len(writes)) for reads, writes in found.values()]
+
+
+def lanes(code):
+    """How many entries the loads of a generated program take at once: [fewest, most]."""
+    sizes = [int(n) for n in re.findall(r"::loadu\(.*, static_cast<int64_t>\((\d+)L?\)\)", code)]
+    return [min(sizes), max(sizes)]
 
 
 def buffers(code):
