@@ -134,7 +134,10 @@ def finite(g, alone=True, counted=True):
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
     clean = g.nan_to_num(0.0, 0.0, 0.0)
-    return clean, (g - g).nan_to_num_(1.0).sum().long() if counted else None  # no slow bools
+    if not counted:
+        return clean, None
+    holes = g - g  # 0, and not a number where g is not finite; as floats, since bools add slowly
+    return clean, holes.ne_(holes).sum().long()
 
 
 # low precision ---------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from prodigy.lab import cost
 WORDS = {"SGD": 3, "Adagrad": 5, "RMSprop": 5, "Adam": 7, "AdamW": 7, "D-Adapt SGD": 7,
          "D-Adapt AdaGrad": 8, "D-Adapt Adam": 9, "Prodigy": 10, "Schedule-Free SGD": 5,
          "Schedule-Free AdamW": 7, "Schedule-Free RAdam": 7, "DoG": 6, "L-DoG": 4, "DoWG": 6,
-         "COCOB": 12, "Schedule-Free Polyak": 8, "ScheduleFree+": 12, "D-Adapt Resetting": 7}
+         "COCOB": 12, "Schedule-Free Polyak": 8, "ScheduleFree+": 12, "D-Adapt Resetting": 7,
+         cost.ALONE: 1}
 LARGE = [(1500, 2000), (3000, 1000), (1_000_000,), (1000, 1000)]
 FULL = Path(__file__).resolve().parents[1] / "figures" / "45_cost_full.csv"
 
@@ -42,7 +43,7 @@ def test_words_of_slices_and_factors():
 def test_every_method_but_the_wrappers_is_measured():
     classes = {getattr(make, "func", make) for make, _ in cost.METHODS.values()}
     names = {cls.__name__ for cls in classes}
-    assert names == set(prodigy.__all__) - {"ScheduleFreeWrapper", "Mechanic"}
+    assert names - {"Idle"} == set(prodigy.__all__) - {"ScheduleFreeWrapper", "Mechanic"}
 
 
 def test_what_is_read_and_what_is_written():
@@ -64,6 +65,16 @@ def test_loops_that_inductor_makes(name, expected):
     program = cost.generated(cost.METHODS[name][0])
     assert cost.loops(program, 600_000) == expected
     assert max(cost.buffers(program)) <= 1  # no tensor of its own
+
+
+@pytest.mark.parametrize("shape", [(512, 1024), (128, 128, 3, 3)], ids=str)
+def test_walks_of_prodigy_schedule_free(shape):
+    """The count of holes, the means over both axes, the clip, the update; filters in short loads."""
+    program = cost.generated(cost.METHODS["Prodigy + Schedule-Free"][0], shape)
+    walks = cost.loops(program, torch.Size(shape).numel())
+    assert sorted(walks) == [(1, 0)] * 4 + [(3, 2)]
+    fewest, most = cost.lanes(program)
+    assert fewest == most if len(shape) == 2 else fewest < most
 
 
 # networks --------------------------------------------------------------------------------------
