@@ -69,7 +69,7 @@ def test_loops_that_inductor_makes(name, expected):
 
 @pytest.mark.parametrize("shape", [(512, 1024), (128, 128, 3, 3)], ids=str)
 def test_walks_of_prodigy_schedule_free(shape):
-    """The count of holes, the means over both axes, the clip, the update; filters in short loads."""
+    """The count of holes, two means, the clip, the update; over filters in short loads."""
     program = cost.generated(cost.METHODS["Prodigy + Schedule-Free"][0], shape)
     walks = cost.loops(program, torch.Size(shape).numel())
     assert sorted(walks) == [(1, 0)] * 4 + [(3, 2)]

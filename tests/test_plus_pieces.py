@@ -204,7 +204,8 @@ def test_factors_are_exact_where_the_second_moment_has_rank_one(shape):
     for weight in (1.0, 3.0, 0.5):
         pieces.factor_(row, col, weight * gg, 0.9)
     exact = 0.1 * (1.0 * 0.81 + 3.0 * 0.9 + 0.5) * gg
-    torch.testing.assert_close(pieces.unfactored_root(row, col, gg).square(), exact, rtol=1e-12, atol=0)
+    product = pieces.unfactored_root(row, col, gg).square()
+    torch.testing.assert_close(product, exact, rtol=1e-12, atol=0)
     assert row.numel() + col.numel() < gg.numel()
 
 

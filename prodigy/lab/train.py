@@ -128,7 +128,7 @@ class Batchable(TorchFunctionMode):
     """Within it, what torch.func.vmap has no rule for is written with what it has one for."""
 
     in_place = {torch.Tensor.lerp_: torch.lerp, torch.Tensor.addcmul_: torch.addcmul,
-                torch.Tensor.addcdiv_: torch.addcdiv}
+                torch.Tensor.addcdiv_: torch.addcdiv, torch.Tensor.ne_: torch.ne}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
