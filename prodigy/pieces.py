@@ -84,7 +84,7 @@ def tail(a):
 
 def placed(a):
     """a, which a compiled step computes once and keeps, not anew for every entry that needs it."""
-    return tail(a).view(a.shape)
+    return tail(a.contiguous()).view(a.shape) if torch.compiler.is_compiling() else a
 
 
 def ema_(m, value, beta):

@@ -171,12 +171,14 @@ def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("shape", [(40, 33), (16, 32, 3, 3)], ids=str)
-def test_compiled_factored_moments_equal_the_loops(shape, fresh_compiler):
-    """Tensors large enough to be factored; the filter's row means are taken in two stages."""
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(40, 33, 1, 1), (16, 32, 3, 3), (20, 3, 48, 48)], ids=str)
+def test_compiled_factored_moments_equal_the_loops(shape, layout, fresh_compiler):
+    """Tensors large enough to be factored; the means over short rows are taken in two stages."""
     ends = []
     for compiled in (False, True):
         problem = zoo.problem(shapes=[shape])
+        problem.params[0].data = problem.params[0].data.contiguous(memory_format=layout)
         optimizer = prodigy.ProdigyPlusScheduleFree(problem.params, compile=compiled)
         zoo.run(optimizer, 10, problem=problem)
         assert "exp_avg_sq_row" in optimizer.state[problem.params[0]]

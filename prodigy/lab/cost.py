@@ -1,7 +1,7 @@
 """What a step costs: words that pass through memory, time beside another optimizer's, memory.
 
     words(Prodigy)                      10.0: what any program must read and write, per parameter
-    loops(generated(Prodigy), entries)  [(3, 0), (6, 4)]: reads and writes of Inductor's loops
+    loops(generated(Prodigy), entries)  [(3, 0), (5, 4)]: reads and writes of Inductor's loops
     compare(makers, shapes, rounds)     steps timed in turn, as ratios to the first of the makers
     peak(optimizer)                     the most memory that a step takes beyond what was there
 
