@@ -125,9 +125,9 @@ def finite(g, alone=True, counted=True):
     """A copy of g with its non-finite entries set to zero, and how many there were (0-d).
 
     alone: no other sum over g's entries as they come in is taken, with which to share a loop.
-    counted: False leaves out the count, which takes longer than the copy.
+    counted: False leaves out the count of one tensor, which takes longer than the copy.
     """
-    if isinstance(g, Vec) and counted:
+    if isinstance(g, Vec):
         return g.finite()
     if torch.compiler.is_compiling():  # one comparison in the one loop
         good = g.abs() < math.inf

@@ -41,9 +41,6 @@ class Vec:
         pieces = clean.split([t.numel() for t in self.parts])
         return Vec(c.view(t.shape) for c, t in zip(pieces, self.parts)), bad
 
-    def nan_to_num(self, *values):
-        return self.each(lambda t: t.nan_to_num(*values))
-
     # out of place -----------------------------------------------------------------------------
     def __mul__(self, other):
         return Vec(torch._foreach_mul(self.parts, _bare(other)))
