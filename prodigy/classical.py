@@ -68,7 +68,7 @@ class SGD(Classical):
     def advance(self, x, g, s, h):
         if "momentum_buffer" in s:
             b = add_scaled_(s["momentum_buffer"].mul_(h.momentum), g, h.gain)
-            g = add_scaled_(g, b, h.momentum) if h.nesterov else b
+            g = (b * h.momentum).add_(g) if h.nesterov else b
         add_scaled_(x, g, -h.lr)
 
 
@@ -101,7 +101,7 @@ class Adagrad(Classical):
 
     def advance(self, x, g, s, h):
         v = s["sum"].add_(g.square())
-        x.addcdiv_(g.mul_(h.clr), v.sqrt().add_(h.eps), value=-1)
+        x.addcdiv_(g * h.clr, v.sqrt().add_(h.eps), value=-1)
 
 
 class RMSprop(Classical):
@@ -138,7 +138,7 @@ class RMSprop(Classical):
         v = ema_(s["square_avg"], g.square(), h.alpha)
         if h.centered:
             v = v - ema_(s["grad_avg"], g, h.alpha).square()
-        u = g.div_(v.sqrt().add_(h.eps))
+        u = g / v.sqrt().add_(h.eps)
         if "momentum_buffer" in s:
             u = s["momentum_buffer"].mul_(h.momentum).add_(u)
         add_scaled_(x, u, -h.lr)

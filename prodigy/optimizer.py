@@ -13,9 +13,9 @@ A method fills in what its paper's box says and nothing else:
 
 ``x, g`` are one tensor or a ``Vec`` of all tensors of a group, in float32 or wider; ``s`` maps
 buffer names to the same; ``h`` holds the group's arguments by name (``h.eps``, ``h.beta1``) and
-the scalars (floats, or 0-d tensors on the device). ``g`` is the step's own copy of the gradient,
-with lambda x added where weight decay is an L2 penalty (``p.grad`` is never written): a body may
-use it as scratch. The loop over parameters stands in ``Family._pass`` and nowhere else.
+the scalars (floats, or 0-d tensors on the device). ``g`` is the gradient without entries that are
+not finite, with lambda x added where weight decay is an L2 penalty. It may be ``p.grad`` itself: a
+body never writes to it. The loop over parameters stands in ``Family._pass`` and nowhere else.
 """
 
 import functools
@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
+from .pieces import every, finite, join, residual, store_, where, working_dtype
 from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
 
@@ -686,10 +686,9 @@ def live(method, group):
 def load(p, g, s, h, counted=True):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype), h.alone, counted)
-    if h.maximize:
-        g.neg_()
-    return x, add_scaled_(g, x, h.weight_decay) if h.l2 else g, bad
+    g, bad = finite(g.to(x.dtype), h.alone, counted, read=not h.capturable)
+    g = -g if h.maximize else g
+    return x, (x * h.weight_decay).add_(g) if h.l2 else g, bad
 
 
 def keep_(t, old, live):

@@ -121,11 +121,16 @@ def every(t, p, part=None):
     return t.flatten()[part.every(p, t.device) if part else slice(None, None, p)]
 
 
-def finite(g, alone=True, counted=True):
-    """A copy of g with its non-finite entries set to zero, and how many there were (0-d).
+NONE = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+def finite(g, alone=True, counted=True, read=False):
+    """g with its non-finite entries set to zero, a copy, and how many there were (0-d).
 
     alone: no other sum over g's entries as they come in is taken, with which to share a loop.
     counted: False leaves out the count of one tensor, which takes longer than the copy.
+    read: a tensor on a CPU is added up first. Where the sum is finite, so are all entries, and g
+        itself is returned. To ask for a number waits for nothing there.
     """
     if isinstance(g, Vec):
         return g.finite()
@@ -133,6 +138,9 @@ def finite(g, alone=True, counted=True):
         good = g.abs() < math.inf
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
+    here = read and type(g) is Tensor and g.device.type == "cpu"
+    if here and math.isfinite(g.sum().item()):
+        return g, NONE
     clean = g.nan_to_num(0.0, 0.0, 0.0)
     if not counted:
         return clean, None

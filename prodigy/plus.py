@@ -267,7 +267,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         before = self.denominator(s, point, h) if h.use_adopt else None
         if "rms_sq" in s:
             g = orthogonalised(g, h.part)
-        dg = g.mul_(h.d) if "z" in s else g * h.d
+        dg = g * h.d
         self.second_moment(s, dg.square(), point, h)
         if h.first:
             return
@@ -276,6 +276,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             u = self.divide(dg, b, point, h)
         else:
             u = self.averaged_update(g, dg, b, point, s, h)
+        del b  # the lines below need its memory
         if h.use_orthograd and "rms_sq" not in s:
             u = orthogonal(u, point, h.part)
         if h.use_stableadamw:

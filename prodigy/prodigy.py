@@ -114,7 +114,7 @@ class Prodigy(Estimator):
         return r, one_norm(s)
 
     def advance(self, x, g, s, h):
-        dg = g.mul_(h.d)
+        dg = g * h.d
         m = ema_(s["exp_avg"], dg, h.beta1) if "exp_avg" in s else dg
         v = ema_(s["exp_avg_sq"], dg.square(), h.beta2)
         if h.decouple:

@@ -195,7 +195,7 @@ class COCOB(Family):
     def advance(self, x, g, s, h):
         theta, G, R = s["sum_negative_gradients"], s["grad_norm_sum"], s["reward"]
         x0, L = s["x0"].to(x.dtype), s["L"]
-        g = g.mul_(h.lr)
+        g = g * h.lr
         size = g.abs()
         L.clamp_min_(size)
         G.add_(size)
@@ -443,7 +443,7 @@ class ScheduleFreePolyak(PolyakStep):
         if not h.adam:
             return g
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
-        return g.div_(v.sqrt().div_(h.correction).add_(h.eps))
+        return g / v.sqrt().div_(h.correction).add_(h.eps)
 
 
 class ScheduleFreePlus(PolyakStep):

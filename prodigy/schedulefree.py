@@ -114,7 +114,7 @@ class ScheduleFree(Family):
         y, z = x, s["z"]
         u = self.direction(g, s, h)
         if h.decouple:
-            add_scaled_(u, y, h.weight_decay)
+            u = (y * h.weight_decay).add_(u)
         if h.store_x:
             add_scaled_(z, u, -h.lr)
             y.copy_(s["x"].lerp_(z, h.c).lerp(z, 1 - h.beta))
@@ -337,7 +337,7 @@ class AdamWScheduleFree(ScheduleFree):
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
         if "exp_avg" in s:
             g = ema_(s["exp_avg"], g, h.inner_momentum) / h.inner_correction
-        return g.div_(v.sqrt().div_(h.correction).add_(h.eps))
+        return g / v.sqrt().div_(h.correction).add_(h.eps)
 
 
 class RAdamScheduleFree(ScheduleFree):
@@ -378,7 +378,7 @@ class RAdamScheduleFree(ScheduleFree):
     def direction(self, g, s, h):
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
         denominator = v.sqrt().div_(h.correction).add_(h.eps)
-        return g.div_(denominator.mul_(h.adaptive).add_(1 - h.adaptive))
+        return g / denominator.mul_(h.adaptive).add_(1 - h.adaptive)
 
 
 class ScheduleFreeWrapper(Wrapper, ScheduleFree):

@@ -120,7 +120,7 @@ def agree(options, groups=(), dtype=torch.float32, **more):
     with computing_in(dtype):
         start, y, x, d = trajectory(ReferenceWide, options, groups, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:  # its 4/pi has eight digits
-        patch.setattr(pieces, "math", SimpleNamespace(pi=4 / 1.2732395))
+        patch.setattr(pieces, "math", SimpleNamespace(**{**vars(math), "pi": 4 / 1.2732395}))
         ours = trajectory(ProdigyPlusScheduleFree, {**options, **more}, groups, dtype=dtype)
     assert (y - start).norm() > 1e-3
     errors = [float((a - b).norm() / (b - start).norm()) for a, b in zip(ours[1:3], (y, x))]
@@ -702,7 +702,7 @@ def test_a_checkpoint_of_the_reference_continues_as_there(options, mode, groups,
         there.walk(optimizer, range(10, 25))
         optimizer.eval()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "math", SimpleNamespace(pi=4 / 1.2732395))
+        patch.setattr(pieces, "math", SimpleNamespace(**{**vars(math), "pi": 4 / 1.2732395}))
         loaded = ProdigyPlusScheduleFree(here.deal(groups))
         loaded.load_state_dict(saved)
         loaded.train()
