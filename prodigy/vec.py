@@ -98,10 +98,6 @@ class Vec:
         torch._foreach_sub_(self.parts, other.parts)
         return self
 
-    def neg_(self):
-        torch._foreach_neg_(self.parts)
-        return self
-
     def sqrt_(self):
         torch._foreach_sqrt_(self.parts)
         return self

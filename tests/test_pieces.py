@@ -64,7 +64,6 @@ IN_PLACE = {
     "add_ a float": lambda x, y, p, q: x.add_(0.3),
     "add_ a 0-d tensor": lambda x, y, p, q: x.add_(D),
     "sub_": lambda x, y, p, q: x.sub_(y),
-    "neg_": lambda x, y, p, q: x.neg_(),
     "sqrt_": lambda x, y, p, q: p.sqrt_(),
     "copy_": lambda x, y, p, q: x.copy_(y),
     "lerp_ a float": lambda x, y, p, q: x.lerp_(y, 0.3),
