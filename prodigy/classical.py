@@ -68,7 +68,7 @@ class SGD(Classical):
     def advance(self, x, g, s, h):
         if "momentum_buffer" in s:
             b = add_scaled_(s["momentum_buffer"].mul_(h.momentum), g, h.gain)
-            g = (b * h.momentum).add_(g) if h.nesterov else b
+            g = add_scaled_(g.clone(), b, h.momentum) if h.nesterov else b
         add_scaled_(x, g, -h.lr)
 
 

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import every, finite, join, residual, store_, where, working_dtype
+from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
 from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
 
@@ -688,7 +688,7 @@ def load(p, g, s, h, counted=True):
     x = join(p, s.get("residual"))
     g, bad = finite(g.to(x.dtype), h.alone, counted, read=not h.capturable)
     g = -g if h.maximize else g
-    return x, (x * h.weight_decay).add_(g) if h.l2 else g, bad
+    return x, add_scaled_(g.clone(), x, h.weight_decay) if h.l2 else g, bad
 
 
 def keep_(t, old, live):

@@ -114,7 +114,7 @@ class ScheduleFree(Family):
         y, z = x, s["z"]
         u = self.direction(g, s, h)
         if h.decouple:
-            u = (y * h.weight_decay).add_(u)
+            u = add_scaled_(u.clone() if u is g else u, y, h.weight_decay)
         if h.store_x:
             add_scaled_(z, u, -h.lr)
             y.copy_(s["x"].lerp_(z, h.c).lerp(z, 1 - h.beta))
