@@ -686,7 +686,7 @@ def live(method, group):
 def load(p, g, s, h, counted=True):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype), h.alone, counted, read=not h.capturable)
+    g, bad = finite(g.to(x.dtype), h.alone, counted, None if h.capturable else x)
     g = -g if h.maximize else g
     return x, add_scaled_(g.clone(), x, h.weight_decay) if h.l2 else g, bad
 

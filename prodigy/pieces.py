@@ -1,7 +1,7 @@
 """One idea per function; every argument ``x, g, m, ...`` is a Tensor or a ``Vec``.
 
 Scalars are Python floats or 0-d tensors on the device, whichever the step runs with: nothing here
-asks a tensor for its value.
+asks a tensor for its value, but `finite` that of a sum on a CPU, where nobody waits for it.
 """
 
 import functools
@@ -121,16 +121,17 @@ def every(t, p, part=None):
     return t.flatten()[part.every(p, t.device) if part else slice(None, None, p)]
 
 
-NONE = torch.zeros((), dtype=torch.int64, device="cpu")
+NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # holes, of a gradient without
 
 
-def finite(g, alone=True, counted=True, read=False):
+def finite(g, alone=True, counted=True, x=None):
     """g with its non-finite entries set to zero, a copy, and how many there were (0-d).
 
     alone: no other sum over g's entries as they come in is taken, with which to share a loop.
     counted: False leaves out the count of one tensor, which takes longer than the copy.
-    read: a tensor on a CPU is added up first. Where the sum is finite, so are all entries, and g
-        itself is returned. To ask for a number waits for nothing there.
+    x: the point, where a number may be read of a CPU's tensors, which waits for nothing: g is
+        added up first. Where the sum is finite, so are all entries, and g itself is returned,
+        unless it lies in x's memory and would move along.
     """
     if isinstance(g, Vec):
         return g.finite()
@@ -138,8 +139,8 @@ def finite(g, alone=True, counted=True, read=False):
         good = g.abs() < math.inf
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
-    here = read and type(g) is Tensor and g.device.type == "cpu"
-    if here and math.isfinite(g.sum().item()):
+    here = x is not None and type(g) is Tensor and g.device.type == "cpu"
+    if here and g.data_ptr() != x.data_ptr() and math.isfinite(g.sum().item()):
         return g, NONE
     clean = g.nan_to_num(0.0, 0.0, 0.0)
     if not counted:

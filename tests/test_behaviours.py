@@ -284,6 +284,24 @@ def test_gradients_are_never_written(case, foreach):
             assert g is None or torch.equal(g.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("modes", [{}, {"foreach": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("method", [
+    partial(prodigy.AdamW, weight_decay=0.1), prodigy.Prodigy, prodigy.SGDScheduleFree,
+    partial(prodigy.AdamWScheduleFree, weight_decay=0.1), prodigy.DoG,
+])
+def test_a_gradient_in_its_parameters_own_memory_counts_as_it_was(method, modes):
+    """That of |x|^2/2 is x: it moves with the parameter while the step still reads it."""
+    ends = []
+    for take in (torch.Tensor.detach, torch.Tensor.clone):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+        optimizer = method([p], lr=0.1, **modes)
+        for _ in range(5):
+            p.grad = take(p.detach())
+            optimizer.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize(
     "base",
     [

@@ -100,7 +100,9 @@ def test_temporaries_stay_below_the_size_of_the_parameters(name, foreach):
     by_entry = getattr(make.func, "func", make.func).by_entry
     largest = max(torch.Size(shape).numel() for shape in LARGE) * 4 / size
     few = 0.45 if not foreach else 1.0
-    assert 0 < held < (few if by_entry else (3.01 if foreach else 2.01) * largest)
+    none = not foreach and name in ("SGD", "Schedule-Free SGD", cost.ALONE)  # takes g as it is
+    most = few if by_entry else (3.01 if foreach else 2.01) * largest
+    assert (0 if none else 0.05) < held < most
 
 
 def test_peak_counts_what_is_alive_at_once():

@@ -158,16 +158,18 @@ def test_finite_cleans_a_copy_and_counts(dtype):
 
 def test_a_sum_that_is_finite_says_that_there_are_no_holes():
     g = torch.randn(3, 4)
-    same, bad = pieces.finite(g, read=True)
+    x = torch.zeros(())
+    same, bad = pieces.finite(g, x=x)
     assert same is g and bad == 0 and bad.dtype == torch.int64
     for spoiled in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, -math.inf, 2.0])):
-        clean, bad = pieces.finite(spoiled, read=True)
+        clean, bad = pieces.finite(spoiled, x=x)
         assert bad == (~spoiled.isfinite()).sum() and clean.isfinite().all()
     huge = torch.full((4,), 3e38)  # whose sum overflows
-    clean, bad = pieces.finite(huge, read=True)
+    clean, bad = pieces.finite(huge, x=x)
     assert torch.equal(clean, huge) and clean is not huge and bad == 0
     away = torch.empty(3, device="meta")  # in the place of a GPU: nothing may be read
-    assert pieces.finite(away, read=True)[0] is not away
+    assert pieces.finite(away, x=x)[0] is not away
+    assert pieces.finite(g, x=g)[0] is not g  # x's own memory, which moves
 
 
 # scalars and vectors ---------------------------------------------------------------------------
