@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
+from .pieces import add_scaled_, every, finite, join, NONE, residual, store_, where, working_dtype
 from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
 
@@ -497,24 +497,25 @@ class Family(torch.optim.Optimizer):
     def _pass(self, params, grads, states, h):
         """The loop over parameters: load, observe, advance, store."""
         h = Scalars(h)
-        totals = None
+        totals, holes = None, 0
         for p, g, s, h.part in zip(params, grads, states, h.parts):
             x, g, bad = load(p, g, s, h)
             narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
-            s = s | {key: t.to(x.dtype) for key, t in narrow.items()}
-            kept = [x, *(s[key] for key in s if key != "residual")]
-            before = [t.clone() for t in kept] if isinstance(h.live, Tensor) else None
-            sums = [*self.observe(x, g, s, h), bad]
+            s = s | {key: t.to(x.dtype) for key, t in narrow.items()} if narrow else s
+            may_stand = isinstance(h.live, Tensor)  # a tensor lr that may be 0: undo what moved
+            kept = [x, *(s[key] for key in s if key != "residual")] if may_stand else ()
+            before = [t.clone() for t in kept]
+            sums = self.observe(x, g, s, h)
             self.advance(x, g, s, h)
-            if before is not None:  # a tensor lr that may be 0: undo what moved
-                sums = [a * h.live for a in sums]
+            if may_stand:
+                sums, bad = [a * h.live for a in sums], bad * h.live
                 for t, old in zip(kept, before):
                     keep_(t, old, h.live)
             store_(p, x, s.get("residual"), h.noise)
             for key, t in narrow.items():
                 store_(t, s[key], None, h.noise)
-            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
-        return totals
+            totals, holes = added(totals, sums), holes + bad
+        return [*totals, holes if isinstance(holes, Tensor) else NONE]
 
     def _look(self, params, grads, states, h):
         """The loop over gradients alone, for methods that need their size first."""
@@ -522,8 +523,7 @@ class Family(torch.optim.Optimizer):
         totals = None
         for p, g, s, h.part in zip(params, grads, states, h.parts):
             x, g, _ = load(p, g, s, h, counted=False)
-            sums = [a * h.live for a in self.look(x, g, s, h)]
-            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
+            totals = added(totals, [a * h.live for a in self.look(x, g, s, h)])
         return totals
 
     # what a user reads ------------------------------------------------------------------------
@@ -686,9 +686,15 @@ def live(method, group):
 def load(p, g, s, h, counted=True):
     """x (p itself in float32 and float64), a clean g with its L2 penalty, the count of holes."""
     x = join(p, s.get("residual"))
-    g, bad = finite(g.to(x.dtype), h.alone, counted, None if h.capturable else x)
+    g = g if g.dtype == x.dtype else g.to(x.dtype)
+    g, bad = finite(g, h.alone, counted, None if h.capturable else x)
     g = -g if h.maximize else g
     return x, add_scaled_(g.clone(), x, h.weight_decay) if h.l2 else g, bad
+
+
+def added(totals, sums):
+    """Sums over the tensors so far and those of one more."""
+    return sums if totals is None else [a + b for a, b in zip(totals, sums)]
 
 
 def keep_(t, old, live):

@@ -125,7 +125,7 @@ NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # holes, of a gradient 
 
 
 def finite(g, alone=True, counted=True, x=None):
-    """g with its non-finite entries set to zero, a copy, and how many there were (0-d).
+    """g with its non-finite entries set to zero, a copy, and how many there were (0-d, or 0).
 
     alone: no other sum over g's entries as they come in is taken, with which to share a loop.
     counted: False leaves out the count of one tensor, which takes longer than the copy.
@@ -139,9 +139,9 @@ def finite(g, alone=True, counted=True, x=None):
         good = g.abs() < math.inf
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
-    here = x is not None and type(g) is Tensor and g.device.type == "cpu"
+    here = x is not None and type(g) is Tensor and g.is_cpu
     if here and g.data_ptr() != x.data_ptr() and math.isfinite(g.sum().item()):
-        return g, NONE
+        return g, 0
     clean = g.nan_to_num(0.0, 0.0, 0.0)
     if not counted:
         return clean, None
@@ -154,6 +154,9 @@ def finite(g, alone=True, counted=True, x=None):
 # bfloat16 is the upper half of float32. A parameter p and 16 more bits per entry therefore are a
 # float32 number x exactly: x = p + residual. With it an update far below p's spacing (2^-8 |p|) is
 # kept, not rounded away, and p stays the model's parameter: whoever writes to p moves x along.
+
+
+WIDE = {torch.float32, torch.float64}
 
 
 def working_dtype(dtype):
@@ -169,7 +172,7 @@ def residual(p):
 def join(p, low):
     """The float32 number x that p and its residual stand for; p itself where it is wide enough."""
     if low is None:
-        return p.to(working_dtype(p.dtype))
+        return p if p.dtype in WIDE else p.to(working_dtype(p.dtype))
     if isinstance(p, Vec):
         return p.each(join, low)
     if p.dtype != torch.bfloat16:

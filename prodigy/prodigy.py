@@ -113,10 +113,14 @@ class Prodigy(Estimator):
         s = add_scaled_(s["s"].mul_(h.beta3), gp, h.s_weight)
         return r, one_norm(s)
 
-    def advance(self, x, g, s, h):
+    def moments(self, g, s, h):
+        """m and v; what they are made of is freed before the point moves."""
         dg = g * h.d
-        m = ema_(s["exp_avg"], dg, h.beta1) if "exp_avg" in s else dg
-        v = ema_(s["exp_avg_sq"], dg.square(), h.beta2)
+        m = ema_(s["exp_avg"], dg, h.beta1) if "exp_avg" in s else dg.clone()
+        return m, ema_(s["exp_avg_sq"], dg.square_(), h.beta2)
+
+    def advance(self, x, g, s, h):
+        m, v = self.moments(g, s, h)
         if h.decouple:
             x.mul_(h.shrink)
         x.addcdiv_(m * h.dlr, v.sqrt().add_(h.d_eps), value=-1)

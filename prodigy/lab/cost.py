@@ -140,27 +140,32 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
 
     Returns:
         DataFrame with a row for each name: ratio (median over the rounds), ratio_low and
-        ratio_high (quartiles), bytes_per_parameter (state), first (seconds of the first step,
-        with compilation).
+        ratio_high (quartiles), fixed (ratio of a step of as many tensors of two entries: what
+        costs the same whatever their size), bytes_per_parameter (state), first (seconds of the
+        first step, with compilation).
     """
     device = torch.device(device)
-    steps, first, state = {}, {}, {}
-    for name in tqdm(makers, desc="first steps", disable=QUIET):
+    steps, fixed, first, state = {}, {}, {}, {}
+    torch.empty(2**23 - 2**12)  # like a batch's activations: after 32 MB are freed, glibc keeps
+    for name in tqdm(makers, desc="first steps", disable=QUIET):  # memory for the next time
         optimizer = build(makers[name], shapes, device, seed)
         steps[name] = stepper(optimizer)
         first[name] = seconds(steps[name], device)
-        for _ in range(2):
-            steps[name]()
+        fixed[name] = stepper(build(makers[name], [(2,)] * len(shapes), device, seed))
+        for step in (steps[name], fixed[name]) * 2:
+            step()
         state[name] = state_bytes(optimizer)
-    times = {name: [] for name in makers}
+    times = {name: ([], []) for name in makers}
     for _ in tqdm(range(rounds), desc="rounds", disable=QUIET):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    base = np.array(next(iter(times.values())))
+        for name, taken in times.items():
+            for step, seen in zip((steps[name], fixed[name]), taken):
+                seen.append(seconds(step, device))
+    base = np.array(next(iter(times.values()))[0])
     rows = []
-    for name, taken in times.items():
+    for name, (taken, few) in times.items():
         low, middle, high = np.quantile(np.array(taken) / base, [0.25, 0.5, 0.75])
         rows.append(dict(name=name, ratio=middle, ratio_low=low, ratio_high=high,
+                         fixed=np.median(np.array(few) / base),
                          bytes_per_parameter=state[name], first=first[name]))
     return pd.DataFrame(rows).set_index("name")
 
@@ -185,8 +190,9 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
 
     Returns:
         DataFrame with method, mode (fused, foreach, eager, compiled, reference), ratio with its
-        quartiles, floor (words over those of AdamW), words, bytes_per_parameter, reference (the
-        package), device, torch, network; and as its attrs["first"] the seconds of first steps.
+        quartiles, fixed (see `compare`), floor (words over those of AdamW), words,
+        bytes_per_parameter, reference (the package), device, torch, network; and as its
+        attrs["first"] the seconds of first steps.
     """
     adamw = torch.optim.AdamW
     makers = {("AdamW", "fused"): partial(adamw, fused=True),
@@ -203,8 +209,8 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
     table.insert(0, "mode", [mode for _, mode in table.name])
     table.insert(0, "method", [method for method, _ in table.pop("name")])
     floor = {name: words(METHODS[name][0]) for name in {*names, "AdamW"}}
-    table.insert(5, "words", table.method.map(floor))
-    table.insert(5, "floor", table.words / floor["AdamW"])
+    table.insert(6, "words", table.method.map(floor))
+    table.insert(6, "floor", table.words / floor["AdamW"])
     packages = {name: reference.split(":")[0] for name, (_, reference) in METHODS.items()}
     device = torch.device(device)
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -128,8 +128,9 @@ def mnist(figures):
 def cifar(figures):
     """CIFAR-10: ResNet-18 with Prodigy, and the Schedule-Free panel; small runs so far."""
     full = read(figures, "43_cifar10_full")
-    full = pd.DataFrame(columns=["model", "method", "epoch"]) if full is None else full
-    toy = full[(full.model == "resnet18") & (full.method == "Prodigy") & (full.epoch == 20)]
+    full = pd.DataFrame(columns=["model", "method", "epoch", "epochs"]) if full is None else full
+    toy = full[(full.model == "resnet18") & (full.method == "Prodigy")]
+    toy = toy[(toy.epoch == 20) & (toy.epochs == 20)]
     small = ends(read(figures, "43_cifar10_methods"))
     what = "CIFAR-10, ResNet-18, Prodigy, 20 epochs, about"
     yield full_or_small("prodigyopt", "README", what, 80, toy,
