@@ -15,7 +15,7 @@ A method fills in what its paper's box says and nothing else:
 buffer names to the same; ``h`` holds the group's arguments by name (``h.eps``, ``h.beta1``) and
 the scalars (floats, or 0-d tensors on the device). ``g`` is the gradient without entries that are
 not finite, with lambda x added where weight decay is an L2 penalty. It may be ``p.grad`` itself: a
-body never writes to it. The loop over parameters stands in ``Family._pass`` and nowhere else.
+body never writes to it. The loop over parameters stands in ``Family._over`` and nowhere else.
 """
 
 import functools
@@ -77,9 +77,11 @@ RANGES = {
 INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", "log_every",
             "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
-# tensors in a compiled graph: in larger ones Inductor (torch 2.13) no longer fuses what is
-# computed with what is written, which stand far apart; and like layers are compiled once
-GRAPH = 8
+# Tensors in a compiled graph. From torch 2.13 those of one shape share a region of it, which is
+# compiled once; graphs of more tensors are no quicker. Before, Inductor no longer fuses in larger
+# ones what is computed with what is written, which stand far apart.
+REGIONS = torch.__version__ >= "2.13"
+GRAPH = 32 if REGIONS else 8
 # Inductor's: loops become one only if they share more than a few scalars, and what two loops need
 # is computed twice rather than written to memory; shapes are guarded already
 OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
@@ -140,7 +142,7 @@ class Family(torch.optim.Optimizer):
     maximize (bool): step up instead of down.
     capturable (bool): keep step counts and a tensor ``lr`` on the device.
     compile (bool): run the pass under ``torch.compile``; the first step then takes up to a minute
-        or two, and seconds where Inductor's cache has it. Without a compiler: a warning, no error.
+        or so, and seconds where Inductor's cache has it. Without a compiler: a warning, no error.
     differentiable, fused: accepted for torch.optim's sake, refused with a ValueError when set.
 
     Parameters may be DTensors (FSDP2, tensor parallelism), plain tensors, or both. A rank steps
@@ -457,32 +459,39 @@ class Family(torch.optim.Optimizer):
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
         rows, run = list(zip(params, grads, states, b.parts)), getattr(self, name)
         if group["compile"] and not self.__dict__.get("_no_compiler"):
-            dtype = working_dtype(b.params[0].dtype)
-            numbers = {key: number(key, a, dtype, device) if isinstance(a, float) else a
-                       for key, a in h.items()}
-            sums = [self._compiled(run, rows[i : i + GRAPH], h, numbers)
-                    for i in range(0, len(rows), GRAPH)]
+            sums = [self._compiled(rows[i : i + GRAPH], run, h) for i in range(0, len(rows), GRAPH)]
             return [functools.reduce(operator.add, same) for same in zip(*sums)]
         if self.by_entry:
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
             rows = [stack(some) for some in in_turn(rows)]
-        return run(*columns(rows, h))
+        return self._over(rows, run, h)
 
-    def _compiled(self, run, rows, h, numbers):
-        """run over a few rows as one graph, kept for rows of the same shapes."""
-        graphs = self.__dict__.setdefault("_graphs", {})
-        key = run.__name__, *(row[0].shape for row in rows)
+    def _compiled(self, rows, run, h):
+        """The loop over a few rows as one graph, kept for rows of the same shapes."""
+        p, _, s, _ = rows[0]
+        dtype, graphs = working_dtype(p.dtype), self.__dict__.setdefault("_graphs", {})
+        numbers = {name: number(name, a, dtype, p.device) if isinstance(a, float) else a
+                   for name, a in h.items() if isinstance(a, (float, Tensor))}
+        fixed = {name: a for name, a in h.items() if name not in numbers}
+        keys, names = tuple(s), tuple(numbers)
+        key = run.__name__, keys, names, *fixed.values(), *(row[0].shape for row in rows)
         if key not in graphs:
             known = inspect.signature(torch.compile).parameters
             alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-            graphs[key] = torch.compile(run, fullgraph=True, dynamic=False, options=OPTIONS,
-                                        **alone)
+
+            def one(p, g, part, *tensors):
+                h = {**fixed, **dict(zip(names, tensors[len(keys):]))}
+                return run(p, g, dict(zip(keys, tensors)), part, h)
+
+            if REGIONS:
+                one = torch.compiler.nested_compile_region(one, max_reuse_entries=len(rows))
+            graphs[key] = torch.compile(lambda rows, *h: self._over(rows, one, *h),
+                                        fullgraph=True, dynamic=False, options=OPTIONS, **alone)
         # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-        lines = [(lined(p), lined(g), {name: lined(t) for name, t in s.items()}, part)
-                 for p, g, s, part in rows]
+        lines = [(lined(p), lined(g), part, *map(lined, s.values())) for p, g, s, part in rows]
         try:
-            return graphs[key](*columns(lines, numbers))
+            return graphs[key](lines, *numbers.values())
         except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing was written
             if type(error.inner_exception).__name__ not in NO_COMPILER:
                 raise
@@ -492,39 +501,41 @@ class Family(torch.optim.Optimizer):
                               f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
                               stacklevel=2)
             self._no_compiler = True
-            return run(*columns(rows, h))
+            return self._over(rows, run, h)
 
-    def _pass(self, params, grads, states, h):
-        """The loop over parameters: load, observe, advance, store."""
-        h = Scalars(h)
-        totals, holes = None, 0
-        for p, g, s, h.part in zip(params, grads, states, h.parts):
-            x, g, bad = load(p, g, s, h)
-            narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
-            s = s | {key: t.to(x.dtype) for key, t in narrow.items()} if narrow else s
-            may_stand = isinstance(h.live, Tensor)  # a tensor lr that may be 0: undo what moved
-            kept = [x, *(s[key] for key in s if key != "residual")] if may_stand else ()
-            before = [t.clone() for t in kept]
-            sums = self.observe(x, g, s, h)
-            self.advance(x, g, s, h)
-            if may_stand:
-                sums, bad = [a * h.live for a in sums], bad * h.live
-                for t, old in zip(kept, before):
-                    keep_(t, old, h.live)
-            store_(p, x, s.get("residual"), h.noise)
-            for key, t in narrow.items():
-                store_(t, s[key], None, h.noise)
-            totals, holes = added(totals, sums), holes + bad
-        return [*totals, holes if isinstance(holes, Tensor) else NONE]
-
-    def _look(self, params, grads, states, h):
-        """The loop over gradients alone, for methods that need their size first."""
-        h = Scalars(h)
+    def _over(self, rows, one, *h):
+        """The loop over parameters: the sums of one(*row, *h)."""
         totals = None
-        for p, g, s, h.part in zip(params, grads, states, h.parts):
-            x, g, _ = load(p, g, s, h, counted=False)
-            totals = added(totals, [a * h.live for a in self.look(x, g, s, h)])
-        return totals
+        for row in rows:
+            sums = one(*row, *h)
+            totals = sums if totals is None else [a + b for a, b in zip(totals, sums)]
+        return [a if isinstance(a, Tensor) else NONE for a in totals]
+
+    def _pass(self, p, g, s, part, h):
+        """One parameter: load, observe, advance, store; its sums and its count of holes."""
+        h = Scalars(h, part)
+        x, g, bad = load(p, g, s, h)
+        narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
+        s = s | {key: t.to(x.dtype) for key, t in narrow.items()} if narrow else s
+        may_stand = isinstance(h.live, Tensor)  # a tensor lr that may be 0: undo what moved
+        kept = [x, *(s[key] for key in s if key != "residual")] if may_stand else ()
+        before = [t.clone() for t in kept]
+        sums = [*self.observe(x, g, s, h), bad]
+        self.advance(x, g, s, h)
+        if may_stand:
+            sums = [a * h.live for a in sums]
+            for t, old in zip(kept, before):
+                keep_(t, old, h.live)
+        store_(p, x, s.get("residual"), h.noise)
+        for key, t in narrow.items():
+            store_(t, s[key], None, h.noise)
+        return sums
+
+    def _look(self, p, g, s, part, h):
+        """One parameter's sums, for methods that need the gradients' size first."""
+        h = Scalars(h, part)
+        x, g, _ = load(p, g, s, h, counted=False)
+        return [a * h.live for a in self.look(x, g, s, h)]
 
     # what a user reads ------------------------------------------------------------------------
     def effective_lr(self, group=0):
@@ -638,12 +649,6 @@ def given(names):
     return own | names["modes"]
 
 
-def columns(rows, h):
-    """Arguments of a pass over rows (p, g, {name: buffer}, part)."""
-    params, grads, states, parts = map(list, zip(*rows))
-    return params, grads, states, {**h, "parts": parts}
-
-
 @functools.lru_cache(maxsize=4096)
 def number(name, value, dtype, device):
     """A 0-d tensor for the graph, which a float would make compile anew whenever it changes.
@@ -662,8 +667,9 @@ def lined(t):
 class Scalars:
     """A dictionary's entries as attributes: a ``SimpleNamespace`` that torch.compile traces."""
 
-    def __init__(self, values):
+    def __init__(self, values, part):
         self.__dict__.update(values)
+        self.part = part
 
 
 def rate(group):
@@ -690,11 +696,6 @@ def load(p, g, s, h, counted=True):
     g, bad = finite(g, h.alone, counted, None if h.capturable else x)
     g = -g if h.maximize else g
     return x, add_scaled_(g.clone(), x, h.weight_decay) if h.l2 else g, bad
-
-
-def added(totals, sums):
-    """Sums over the tensors so far and those of one more."""
-    return sums if totals is None else [a + b for a, b in zip(totals, sums)]
 
 
 def keep_(t, old, live):

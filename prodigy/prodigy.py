@@ -117,7 +117,7 @@ class Prodigy(Estimator):
         """m and v; what they are made of is freed before the point moves."""
         dg = g * h.d
         m = ema_(s["exp_avg"], dg, h.beta1) if "exp_avg" in s else dg.clone()
-        return m, ema_(s["exp_avg_sq"], dg.square_(), h.beta2)
+        return m, ema_(s["exp_avg_sq"], dg.mul_(dg), h.beta2)
 
     def advance(self, x, g, s, h):
         m, v = self.moments(g, s, h)

@@ -77,6 +77,13 @@ def test_walks_of_prodigy_schedule_free(shape):
     assert fewest == most if len(shape) == 2 else fewest < most
 
 
+def test_tensors_of_a_shape_share_their_program():
+    """A kernel for each of the two shapes and one that adds their sums up."""
+    program = cost.generated(prodigy.Prodigy, *[(60, 50), (7,)] * 4)
+    assert program.count("async_compile.cpp_pybinding(") == 3
+    assert cost.loops(program, 3000) == [(3, 0), (5, 4)]
+
+
 # networks --------------------------------------------------------------------------------------
 
 
@@ -126,11 +133,13 @@ def test_state_bytes_are_those_that_the_optimizer_names(name):
 
 def test_ratios_are_taken_within_a_round(monkeypatch):
     """A round that is slow for everybody changes nothing."""
-    taken = iter([9, 9, 9, *(k * speed for k in (1, 5, 1, 7) for speed in (2, 3, 8))])
+    speeds = (2, 1), (3, 0.5), (8, 4)  # of a step and of one of as many tensors of two entries
+    taken = iter([9, 9, 9, *(k * a for k in (1, 5, 1, 7) for pair in speeds for a in pair)])
     monkeypatch.setattr(cost, "seconds", lambda step, device: next(taken))
     makers = dict(a=partial(prodigy.SGD, lr=0.1), b=prodigy.AdamW, c=prodigy.Prodigy)
     table = cost.compare(makers, [(3,)], rounds=4)
     assert list(table.ratio) == [1, 1.5, 4] and list(table["first"]) == [9, 9, 9]
+    assert list(table.fixed) == [0.5, 0.25, 2]
     assert (table.ratio_low == table.ratio_high).all()
     assert list(table.bytes_per_parameter) == [0, 8, 16]
 
@@ -138,9 +147,9 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
 def test_the_table_of_the_notebook():
     names = ["AdamW", "Prodigy"]
     table = cost.measure("two matrices", names, rounds=2)
-    assert list(table.columns) == ["method", "mode", "ratio", "ratio_low", "ratio_high", "floor",
-                                   "words", "bytes_per_parameter", "reference", "device",
-                                   "torch", "network"]
+    assert list(table.columns) == ["method", "mode", "ratio", "ratio_low", "ratio_high", "fixed",
+                                   "floor", "words", "bytes_per_parameter", "reference",
+                                   "device", "torch", "network"]
     rows = list(zip(table.method, table["mode"]))
     assert rows == [("AdamW", "fused"), ("AdamW", "foreach"), ("AdamW", "eager"),
                     ("Prodigy", "eager"), ("Prodigy", "reference")]

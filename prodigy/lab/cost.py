@@ -325,11 +325,12 @@ def words(make, shape=(600, 1000)):
         step()
     known = tensors(optimizer)
     with Traffic(known) as traffic:
-        run = optimizer._pass
-        optimizer._pass = lambda *a: (traffic.next_phase(), run(*a))[1]
+        run = optimizer._over
+        optimizer._over = lambda *a: (traffic.next_phase(), run(*a))[1]
         step()
     size = {key: t.numel() for key, (t, _) in known.items()}
-    looked, passed = traffic.phases if optimizer.look is not None else ((), merged(traffic.phases))
+    phases = traffic.phases[1:]
+    looked, passed = phases if optimizer.look is not None else ((), merged(phases))
     moved = [key for part in (*looked, *passed) for key in part]
     return sum(size[key] for key in moved) / np.prod(shape)
 
@@ -340,10 +341,10 @@ def merged(phases):
     return set().union(*read), set().union(*written)
 
 
-def generated(make, shape=(600, 1000)):
-    """The C++ program that Inductor makes of a step over one matrix on the CPU."""
+def generated(make, *shapes):
+    """The C++ program that Inductor makes of a step over tensors, or a matrix, on the CPU."""
     torch._dynamo.reset()
-    step = stepper(build(partial(make, compile=True), [shape]))
+    step = stepper(build(partial(make, compile=True), shapes or [(600, 1000)]))
     # programs that are taken from these caches have no text
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         return run_and_get_code(step)[1][-1]
