@@ -465,7 +465,7 @@ class Family(torch.optim.Optimizer):
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
             rows = [stack(some) for some in in_turn(rows)]
-        return self._over(rows, run, h)
+        return self._over(rows, run, Scalars(h))
 
     def _compiled(self, rows, run, h):
         """The loop over a few rows as one graph, kept for rows of the same shapes."""
@@ -482,7 +482,7 @@ class Family(torch.optim.Optimizer):
 
             def one(p, g, part, *tensors):
                 h = {**fixed, **dict(zip(names, tensors[len(keys):]))}
-                return run(p, g, dict(zip(keys, tensors)), part, h)
+                return run(p, g, dict(zip(keys, tensors)), part, Scalars(h))
 
             if REGIONS:
                 one = torch.compiler.nested_compile_region(one, max_reuse_entries=len(rows))
@@ -501,7 +501,7 @@ class Family(torch.optim.Optimizer):
                               f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
                               stacklevel=2)
             self._no_compiler = True
-            return self._over(rows, run, h)
+            return self._over(rows, run, Scalars(h))
 
     def _over(self, rows, one, *h):
         """The loop over parameters: the sums of one(*row, *h)."""
@@ -513,7 +513,7 @@ class Family(torch.optim.Optimizer):
 
     def _pass(self, p, g, s, part, h):
         """One parameter: load, observe, advance, store; its sums and its count of holes."""
-        h = Scalars(h, part)
+        h.part = part
         x, g, bad = load(p, g, s, h)
         narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
         s = s | {key: t.to(x.dtype) for key, t in narrow.items()} if narrow else s
@@ -533,7 +533,7 @@ class Family(torch.optim.Optimizer):
 
     def _look(self, p, g, s, part, h):
         """One parameter's sums, for methods that need the gradients' size first."""
-        h = Scalars(h, part)
+        h.part = part
         x, g, _ = load(p, g, s, h, counted=False)
         return [a * h.live for a in self.look(x, g, s, h)]
 
@@ -667,9 +667,8 @@ def lined(t):
 class Scalars:
     """A dictionary's entries as attributes: a ``SimpleNamespace`` that torch.compile traces."""
 
-    def __init__(self, values, part):
+    def __init__(self, values):
         self.__dict__.update(values)
-        self.part = part
 
 
 def rate(group):
