@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import add_scaled_, every, finite, join, NONE, residual, store_, where, working_dtype
+from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
 from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
 
@@ -662,6 +662,9 @@ def number(name, value, dtype, device):
 def lined(t):
     """t, or a one-entry view of a 0-d tensor (torch.atleast_1d takes ten times as long)."""
     return t if t.dim() else t.view(1)
+
+
+NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # the count of holes where none is known
 
 
 class Scalars:

@@ -121,9 +121,6 @@ def every(t, p, part=None):
     return t.flatten()[part.every(p, t.device) if part else slice(None, None, p)]
 
 
-NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # holes, of a gradient without
-
-
 def finite(g, alone=True, counted=True, x=None):
     """g with its non-finite entries set to zero, a copy, and how many there were (0-d, or 0).
 

@@ -102,9 +102,6 @@ class Vec:
         torch._foreach_sqrt_(self.parts)
         return self
 
-    def square_(self):
-        return self.mul_(self)
-
     def copy_(self, other):
         torch._foreach_copy_(self.parts, other.parts)
         return self

@@ -13,6 +13,7 @@ import torch
 
 import prodigy
 from prodigy.lab import cost
+from prodigy.vec import CHUNK
 
 WORDS = {"SGD": 3, "Adagrad": 5, "RMSprop": 5, "Adam": 7, "AdamW": 7, "D-Adapt SGD": 7,
          "D-Adapt AdaGrad": 8, "D-Adapt Adam": 9, "Prodigy": 10, "Schedule-Free SGD": 5,
@@ -111,6 +112,13 @@ def test_temporaries_stay_below_the_size_of_the_parameters(name, foreach):
     none = not foreach and name in ("SGD", "Schedule-Free SGD", cost.ALONE)  # takes g as it is
     most = few if by_entry else (3.01 if foreach else 2.01) * largest
     assert (0 if none else 0.05) < held < most
+
+
+@pytest.mark.parametrize("name", ["AdamW", "D-Adapt Adam", "Prodigy", "Schedule-Free AdamW"])
+def test_two_temporaries_of_a_part_live_at_once(name):
+    """More, freed together, would be handed back to the system by glibc and asked for anew."""
+    held = cost.peak(cost.build(cost.METHODS[name][0], [(2 * CHUNK,)]))
+    assert held < 2.01 * 4 * CHUNK
 
 
 def test_peak_counts_what_is_alive_at_once():
