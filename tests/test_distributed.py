@@ -29,6 +29,7 @@ KINDS = ("rows", "columns", "replicas", "twice")
 TWO = [(case.name, "rows", {}) for case in (*zoo.CASES, *ranks.MORE)]
 TWO += [(name, "rows", {mode: True}) for mode in ("foreach", "capturable")
         for name in (*WHOLE, "default-DoG", "default-DAdaptSGD")]
+TWO += [("Prodigy-slices", "rows", {"compile": True})]
 TWO += [(name, "columns", {}) for name in WHOLE]
 FOUR = [(name, kind, {}) for name in WHOLE for kind in KINDS]
 FOUR += [(name, KINDS[i % 4], {}) for i, name in enumerate(OTHERS)]
