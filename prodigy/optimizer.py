@@ -459,7 +459,8 @@ class Family(torch.optim.Optimizer):
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
         rows, run = list(zip(params, grads, states, b.parts)), getattr(self, name)
         if group["compile"] and not self.__dict__.get("_no_compiler"):
-            sums = [self._compiled(rows[i : i + GRAPH], run, h) for i in range(0, len(rows), GRAPH)]
+            starts = range(0, len(rows), GRAPH)
+            sums = [self._compiled(rows[i : i + GRAPH], run, h) for i in starts]
             return [functools.reduce(operator.add, same) for same in zip(*sums)]
         if self.by_entry:
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]

@@ -160,7 +160,7 @@ def test_a_sum_that_is_finite_says_that_there_are_no_holes():
     g = torch.randn(3, 4)
     x = torch.zeros(())
     same, bad = pieces.finite(g, x=x)
-    assert same is g and bad == 0 and bad.dtype == torch.int64
+    assert same is g and bad == 0 and isinstance(bad, int)
     for spoiled in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, -math.inf, 2.0])):
         clean, bad = pieces.finite(spoiled, x=x)
         assert bad == (~spoiled.isfinite()).sum() and clean.isfinite().all()
