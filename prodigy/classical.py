@@ -8,7 +8,7 @@ bfloat16 parameters the averages are float32 and the parameter carries 16 more b
 import torch
 
 from .optimizer import Family, given, rate
-from .pieces import add_scaled_, ema_, root, where, working_dtype
+from .pieces import add_scaled_, ema_, root, sub_ratio_, where, working_dtype
 
 
 def wide_zeros(p):
@@ -101,7 +101,7 @@ class Adagrad(Classical):
 
     def advance(self, x, g, s, h):
         v = s["sum"].add_(g.square())
-        x.addcdiv_(g * h.clr, v.sqrt().add_(h.eps), value=-1)
+        sub_ratio_(x, g, v.sqrt().add_(h.eps), h.clr)
 
 
 class RMSprop(Classical):
@@ -185,7 +185,7 @@ class Adam(Classical):
         v = ema_(s["exp_avg_sq"], g.square(), h.beta2)
         if h.amsgrad:
             v = s["max_exp_avg_sq"].clamp_min_(v)
-        x.addcdiv_(m * h.step, v.sqrt().div_(h.correction).add_(h.eps), value=-1)
+        sub_ratio_(x, m, v.sqrt().div_(h.correction).add_(h.eps), h.step)
 
 
 class AdamW(Adam):

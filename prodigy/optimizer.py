@@ -28,7 +28,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import add_scaled_, every, finite, join, residual, store_, where, working_dtype
+from .pieces import (add_scaled_, as_float, every, finite, join, residual, store_, where,
+                     working_dtype)
 from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
 
@@ -466,6 +467,8 @@ class Family(torch.optim.Optimizer):
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
             rows = [stack(some) for some in in_turn(rows)]
+        elif not group["capturable"]:
+            h = {key: as_float(a) for key, a in h.items()}
         return self._over(rows, run, Scalars(h))
 
     def _compiled(self, rows, run, h):
@@ -518,7 +521,7 @@ class Family(torch.optim.Optimizer):
         x, g, bad = load(p, g, s, h)
         narrow = {key: s[key] for key in self.rounded if key in s and s[key].dtype != x.dtype}
         s = s | {key: t.to(x.dtype) for key, t in narrow.items()} if narrow else s
-        may_stand = isinstance(h.live, Tensor)  # a tensor lr that may be 0: undo what moved
+        may_stand = not isinstance(h.live, int)  # a tensor lr that may be 0: undo what moved
         kept = [x, *(s[key] for key in s if key != "residual")] if may_stand else ()
         before = [t.clone() for t in kept]
         sums = [*self.observe(x, g, s, h), bad]

@@ -87,6 +87,12 @@ def placed(a):
     return tail(a.contiguous()).view(a.shape) if torch.compiler.is_compiling() else a
 
 
+def as_float(a):
+    """The number that a 0-d tensor on a CPU holds, where nobody waits for it; else a itself."""
+    here = type(a) is Tensor and a.is_cpu and not torch.compiler.is_compiling()
+    return a.item() if here else a
+
+
 def ema_(m, value, beta):
     """m <- beta m + (1 - beta) value, in place."""
     if torch.compiler.is_compiling():  # lerp's choice between two formulas costs 6 % of a step
@@ -106,6 +112,13 @@ def add_scaled_(x, u, a):
     if isinstance(x, Vec):
         return x.add_(u * a)
     return x.addcmul_(u, a)
+
+
+def sub_ratio_(x, u, b, a):
+    """x <- x - a u / b, in place."""
+    if isinstance(a, Tensor):
+        return x.addcdiv_(u * a, b, value=-1)
+    return x.addcdiv_(u, b, value=-a)
 
 
 def every(t, p, part=None):

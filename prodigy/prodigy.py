@@ -13,7 +13,7 @@ import torch
 from .classical import wide_zeros
 from .dadaptation import Estimator, bias_correction
 from .optimizer import given, rate
-from .pieces import add_scaled_, ema_, every, inner, larger, one_norm, ratio
+from .pieces import add_scaled_, ema_, every, inner, larger, one_norm, ratio, sub_ratio_
 
 
 class Prodigy(Estimator):
@@ -123,7 +123,7 @@ class Prodigy(Estimator):
         m, v = self.moments(g, s, h)
         if h.decouple:
             x.mul_(h.shrink)
-        x.addcdiv_(m * h.dlr, v.sqrt().add_(h.d_eps), value=-1)
+        sub_ratio_(x, m, v.sqrt().add_(h.d_eps), h.dlr)
 
     def add_up(self, group, sums):
         r = beta3(group) * group["d_numerator"] + sums[0]

@@ -197,6 +197,9 @@ def test_vector_pieces():
     for factor in (0.3, D):
         assert torch.allclose(flat(pieces.add_scaled_(x.clone(), y, factor)), a + factor * b)
         assert torch.allclose(pieces.add_scaled_(a.clone(), b, factor), a + factor * b)
+        moved, root = a - factor * b / (b * b + 1), y * y + y / y
+        assert torch.allclose(flat(pieces.sub_ratio_(x.clone(), y, root, factor)), moved)
+        assert torch.allclose(pieces.sub_ratio_(a.clone(), b, flat(root), factor), moved)
     t = torch.arange(24.0).view(2, 3, 4)
     assert pieces.every(t, 1) is t
     assert torch.equal(pieces.every(t, 5), torch.arange(0.0, 24, 5))
