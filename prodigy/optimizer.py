@@ -373,12 +373,13 @@ class Family(torch.optim.Optimizer):
                 t, clock = self._tick(group, s, p)
                 part = part_of(p)
                 key = (id(group), p.device, p.dtype, clock, frozenset(s), part and part.ranks)
-                if key not in batches:
-                    batches[key] = SimpleNamespace(
+                batch = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = SimpleNamespace(
                         group=group, t=t, clock=clock, params=[], states=[], parts=[], h={})
-                batches[key].params.append(p)
-                batches[key].states.append(s)
-                batches[key].parts.append(part)
+                batch.params.append(p)
+                batch.states.append(s)
+                batch.parts.append(part)
         return list(batches.values())
 
     def _ready(self, group, p, buffers):
@@ -727,9 +728,9 @@ def check_gradient(p):
         raise RuntimeError("gradient and parameter must both be DTensors, or neither")
     if g.layout != torch.strided:
         raise RuntimeError("sparse gradients are not supported: use sparse=False in the embedding")
-    if g.is_complex():
-        raise RuntimeError("complex gradients are not supported: use torch.view_as_real")
     if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        if g.is_complex():
+            raise RuntimeError("complex gradients are not supported: use torch.view_as_real")
         raise RuntimeError(
             f"the gradient ({tuple(g.shape)}, {g.dtype}, {g.device}) must match its parameter "
             f"({tuple(p.shape)}, {p.dtype}, {p.device})"
