@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import (add_scaled_, as_float, every, finite, join, residual, store_, where,
+from .pieces import (abreast, add_scaled_, as_float, every, finite, join, residual, store_, where,
                      working_dtype)
 from .shards import everywhere, gradient, local, part_of, present, sharded
 from .vec import Vec, cut, in_turn, stack
@@ -495,6 +495,8 @@ class Family(torch.optim.Optimizer):
                                         fullgraph=True, dynamic=False, options=OPTIONS, **alone)
         # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
         lines = [(lined(p), lined(g), part, *map(lined, s.values())) for p, g, s, part in rows]
+        if not self.by_entry:
+            lines = [widened(*line) for line in lines]
         try:
             return graphs[key](lines, *numbers.values())
         except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing was written
@@ -667,6 +669,16 @@ def number(name, value, dtype, device):
 def lined(t):
     """t, or a one-entry view of a 0-d tensor (torch.atleast_1d takes ten times as long)."""
     return t if t.dim() else t.view(1)
+
+
+def widened(p, g, part, *tensors):
+    """The line with small filters seen `abreast`, where they lie in memory one after another."""
+    shape = abreast(p.shape) if p.is_cpu and not part else None
+    if shape:
+        line = [(t, t.shape == p.shape) for t in (p, g, *tensors)]
+        if all(t.is_contiguous() for t, alike in line if alike):
+            p, g, *tensors = (t.view(shape) if alike else t for t, alike in line)
+    return p, g, part, *tensors
 
 
 NONE = torch.zeros((), dtype=torch.int64, device="cpu")  # the count of holes where none is known

@@ -354,9 +354,24 @@ def factored_axes(shape, smallest=32):
     return order[-2], order[-1]
 
 
+def abreast(shape):
+    """(O, I/16, 16 k) for filters of shape (O, I, *kernel) with k entries each, else None.
+
+    Seen so, the last axis is long enough for a compiled loop to take 16 entries at a time; of a
+    filter by itself it takes the 9 or so that there are.
+    """
+    k = math.prod(shape[2:])
+    short = 1 < k < 64 and k % 16 and shape[1] % 16 == 0
+    if not short or sorted(factored_axes(shape) or ()) != [0, 1]:
+        return None
+    return shape[0], shape[1] // 16, 16 * k
+
+
 @by_tensor
 def factor_(row, col, gg, beta, part=None):
     """Running means of gg over the largest axis (row) and the second largest (col), in place."""
+    if part is None:
+        gg = gg.view(torch.broadcast_shapes(row.shape, col.shape))  # not `abreast`
     dc, dr = factored_axes(part.shape if part else gg.shape)
     for average, axis in ((row, dr), (col, dc)):
         new = ema_(average.to(gg.dtype, copy=True), mean_along(gg, axis, part), beta)
@@ -379,9 +394,20 @@ def mean_along(t, axis, part):
 def unfactored_root(row, col, like, part=None):
     """Root of row col / mean(row), as the product of two roots: no root is taken entry by entry.
 
-    Exact where the second moment has rank one.
+    Exact where the second moment has rank one. In like's shape, which may be `abreast`.
     """
-    dc, _ = factored_axes(part.shape if part else like.shape)
+    shape = part.shape if part else torch.broadcast_shapes(row.shape, col.shape)
+    dc, _ = factored_axes(shape)
     row, col = row.to(like.dtype), col.to(like.dtype)
     row = row / mean_along(row, dc, part).clamp_min(1e-30)
-    return placed(row.sqrt()) * placed(col.sqrt())
+    factors = placed(row.sqrt()), placed(col.sqrt())
+    if part is None and like.shape != shape:
+        factors = [repeated(f, like.shape[-1]) for f in factors]
+    return factors[0] * factors[1]
+
+
+def repeated(factor, width):
+    """A factor of filters, once for each of the sixteen that lie `abreast`."""
+    if factor.shape[1] == 1:
+        factor = placed(factor.flatten(2).expand(-1, 16, -1))
+    return factor.reshape(len(factor), -1, width)

@@ -172,7 +172,8 @@ def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("shape", [(40, 33, 1, 1), (16, 32, 3, 3), (20, 3, 48, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(40, 33, 1, 1), (16, 32, 3, 3), (48, 32, 2, 3), (20, 3, 48, 48)], ids=str)
 def test_compiled_factored_moments_equal_the_loops(shape, layout, fresh_compiler):
     """Tensors large enough to be factored; the means over short rows are taken in two stages."""
     ends = []
@@ -184,6 +185,25 @@ def test_compiled_factored_moments_equal_the_loops(shape, layout, fresh_compiler
         assert "exp_avg_sq_row" in optimizer.state[problem.params[0]]
         ends.append(zoo.final(problem))
     assert zoo.error(ends[1], ends[0]) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"factored": False}, {"use_schedulefree": False}, {"use_stableadamw": False},
+    {"use_cautious": True}, {"use_orthograd": True}, {"use_adopt": True}, {"use_speed": True},
+    {"use_muon_pp": True}, {"use_focus": True, "factored": False}], ids=str)
+def test_filters_sixteen_abreast_change_nothing(options, dtype, fresh_compiler, monkeypatch):
+    """The graph as Dynamo traces it, in which small filters are seen in another shape."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    shapes, ends = [(16, 32, 3, 3), (3,)], []
+    for compiled in (False, True):
+        problem = zoo.problem(dtype, shapes=shapes)
+        optimizer = prodigy.ProdigyPlusScheduleFree(
+            problem.params, compile=compiled, stochastic_rounding=False, **options)
+        zoo.run(optimizer, 6, problem=problem)
+        ends.append(zoo.final(problem))
+    assert prodigy.pieces.abreast(shapes[0]) == (16, 2, 144)
+    assert zoo.error(ends[1], ends[0]) < (2**-8 if dtype == torch.bfloat16 else 1e-9)
 
 
 # no host read ----------------------------------------------------------------------------------

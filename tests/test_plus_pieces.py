@@ -220,6 +220,28 @@ def test_factors_keep_the_mean_of_every_row_and_column(shape):
         torch.testing.assert_close(product.mean(axis), gg.mean(axis), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(20, 64, 3, 3), (64, 16, 5), (32, 48, 2, 3)], ids=str)
+def test_factors_of_filters_sixteen_abreast(shape):
+    gg = normal(*shape).square()
+    axes = pieces.factored_axes(shape)
+    col, row = (gg.mean(axis, keepdim=True) for axis in axes)
+    expected = pieces.unfactored_root(row, col, gg)
+    wide = gg.view(pieces.abreast(shape))
+    assert torch.equal(pieces.unfactored_root(row, col, wide), expected.view_as(wide))
+    ends = [(row.clone(), col.clone()) for _ in range(2)]
+    for averages, squares in zip(ends, (gg, wide)):
+        pieces.factor_(*averages, squares, 0.9)
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("shape", [
+    (), (64,), (64, 64), (64, 3, 3, 3), (64, 40, 3, 3), (64, 64, 1, 1), (64, 64, 4, 4),
+    (16, 16, 3, 3), (4, 64, 7, 9), (64, 64, 8, 9)], ids=str)
+def test_what_does_not_lie_abreast(shape):
+    """Vectors, matrices, other numbers of channels, kernels of 16 entries or many, unfactored."""
+    assert pieces.abreast(shape) is None
+
+
 def test_what_is_not_factored():
     assert pieces.factored_axes((1000,)) is None
     assert pieces.factored_axes(()) is None

@@ -350,29 +350,36 @@ def generated(make, *shapes):
         return run_and_get_code(step)[1][-1]
 
 
-def loops(code, entries):
-    """(words read, words written) in every loop of a generated program over so many entries.
+def moves(code, entries):
+    """(loop, "::loadu" or ".store", tensor, how many at once) of a program's loops over all entries.
 
-    A loop may be a nest of several; what it reads for a row or a column alone does not count.
+    A loop, named by its line, may be a nest of several; what it moves for a row or a column alone
+    does not count.
     """
-    nest, found = [], {}
+    nest = []
     for place, line in enumerate(code.splitlines()):
         depth = len(line) - len(line.lstrip())
         if line.strip() not in ("", "{"):
             nest = [level for level in nest if level[0] < depth]
         if begun := re.match(r" *for\(int64_t (x\d)=.*?<static_cast<int64_t>\((\d+)L\)", line):
             nest.append((depth, begun[1], int(begun[2]), place))
-        moved = re.search(r"(::loadu|\.store)\((\w+) \+ static_cast<int64_t>\((.*?)\)[,)]", line)
+        moved = re.search(r"(::loadu|\.store)\((\w+) \+ static_cast<int64_t>\((.*?)\)"
+                          r"(?:, static_cast<int64_t>\((\d+)L?\))?\)", line)
         if moved and np.prod([size for _, x, size, _ in nest if x in moved[3]]) == entries:
-            body = found.setdefault(nest[-1][-1], (set(), set()))
-            body[moved[1] == ".store"].add(moved[2])
+            yield nest[-1][-1], moved[1], moved[2], moved[4] and int(moved[4])
+
+
+def loops(code, entries):
+    """(words read, words written) in every loop of a generated program over so many entries."""
+    found = {}
+    for loop, kind, name, _ in moves(code, entries):
+        found.setdefault(loop, (set(), set()))[kind == ".store"].add(name)
     return [(len(reads), len(writes)) for reads, writes in found.values()]
 
 
-def lanes(code):
-    """How many entries the loads of a generated program take at once: [fewest, most]."""
-    sizes = [int(n) for n in re.findall(r"::loadu\(.*, static_cast<int64_t>\((\d+)L?\)\)", code)]
-    return [min(sizes), max(sizes)]
+def lanes(code, entries):
+    """How many entries the loads of a program's loops over all entries take at once."""
+    return {width for _, kind, _, width in moves(code, entries) if kind == "::loadu"}
 
 
 def buffers(code):
