@@ -198,8 +198,9 @@ def test_filters_sixteen_abreast_change_nothing(options, dtype, fresh_compiler, 
     shapes, ends = [(16, 32, 3, 3), (3,)], []
     for compiled in (False, True):
         problem = zoo.problem(dtype, shapes=shapes)
+        problem.params[0].data = problem.params[0].data.contiguous()
         optimizer = prodigy.ProdigyPlusScheduleFree(
-            problem.params, compile=compiled, stochastic_rounding=False, **options)
+            problem.params, d0=0.1, compile=compiled, stochastic_rounding=False, **options)
         zoo.run(optimizer, 6, problem=problem)
         ends.append(zoo.final(problem))
     assert prodigy.pieces.abreast(shapes[0]) == (16, 2, 144)
