@@ -139,9 +139,9 @@ def finite(g, alone=True, counted=True, x=None):
 
     alone: no other sum over g's entries as they come in is taken, with which to share a loop.
     counted: False leaves out the count of one tensor, which takes longer than the copy.
-    x: the point, where a number may be read of a CPU's tensors, which waits for nothing: g is
-        added up first. Where the sum is finite, so are all entries, and g itself is returned,
-        unless it lies in x's memory and would move along.
+    x: the point, where a number may be read of a CPU's tensors, which waits for nothing: g, or
+        its squares, which is quicker, are added up first. Where the sum is finite, so are all
+        entries, and g itself is returned, unless it lies in x's memory and would move along.
     """
     if isinstance(g, Vec):
         return g.finite()
@@ -150,8 +150,10 @@ def finite(g, alone=True, counted=True, x=None):
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
     here = x is not None and type(g) is Tensor and g.is_cpu
-    if here and g.data_ptr() != x.data_ptr() and math.isfinite(g.sum().item()):
-        return g, 0
+    if here and g.data_ptr() != x.data_ptr():
+        row = g.view(-1) if g.is_contiguous() else None
+        if math.isfinite((g.sum() if row is None else row.dot(row)).item()):
+            return g, 0
     clean = g.nan_to_num(0.0, 0.0, 0.0)
     if not counted:
         return clean, None

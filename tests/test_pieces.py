@@ -159,12 +159,14 @@ def test_finite_cleans_a_copy_and_counts(dtype):
 def test_a_sum_that_is_finite_says_that_there_are_no_holes():
     g = torch.randn(3, 4)
     x = torch.zeros(())
-    same, bad = pieces.finite(g, x=x)
-    assert same is g and bad == 0 and isinstance(bad, int)
-    for spoiled in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, -math.inf, 2.0])):
+    for clean in (g, g.T, torch.tensor(2.0), torch.empty(0)):
+        same, bad = pieces.finite(clean, x=x)
+        assert same is clean and bad == 0 and isinstance(bad, int)
+    for spoiled in (torch.tensor([1.0, math.nan]), torch.tensor([math.inf, -math.inf, 2.0]),
+                    torch.where(g.T > 0, math.inf, g.T)):
         clean, bad = pieces.finite(spoiled, x=x)
         assert bad == (~spoiled.isfinite()).sum() and clean.isfinite().all()
-    huge = torch.full((4,), 3e38)  # whose sum overflows
+    huge = torch.full((4,), 3e38)  # whose sums overflow
     clean, bad = pieces.finite(huge, x=x)
     assert torch.equal(clean, huge) and clean is not huge and bad == 0
     away = torch.empty(3, device="meta")  # in the place of a GPU: nothing may be read

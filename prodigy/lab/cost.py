@@ -351,7 +351,7 @@ def generated(make, *shapes):
 
 
 def moves(code, entries):
-    """(loop, "::loadu" or ".store", tensor, how many at once) of a program's loops over all entries.
+    """(loop, "::loadu" or ".store", tensor, entries at once) in the loops over all entries.
 
     A loop, named by its line, may be a nest of several; what it moves for a row or a column alone
     does not count.
