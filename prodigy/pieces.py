@@ -1,7 +1,7 @@
 """One idea per function; every argument ``x, g, m, ...`` is a Tensor or a ``Vec``.
 
 Scalars are Python floats or 0-d tensors on the device, whichever the step runs with: nothing here
-asks a tensor for its value, but `finite` that of a sum on a CPU, where nobody waits for it.
+asks a tensor for its value, but `finite` and `as_float` one on a CPU, where nobody waits for it.
 """
 
 import functools

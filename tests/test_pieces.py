@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from prodigy import pieces
 from prodigy.optimizer import INTEGERS, OPTIONAL, RANGES, check
@@ -190,6 +191,15 @@ def test_scalar_pieces_are_the_same_on_host_and_device(on_device):
     assert pieces.root(b) == 3**0.5
     assert float(pieces.where(a < b, 0.1, 0.7)) == pytest.approx(0.1, rel=1e-15)  # not float32's
     assert float(pieces.where(a > b, 0.1, 0.7)) == pytest.approx(0.7, rel=1e-15)
+
+
+def test_only_a_number_on_a_cpu_is_read():
+    assert pieces.as_float(D) == float(D) and isinstance(pieces.as_float(D), float)
+    away = torch.empty((), device="meta")  # in the place of a GPU
+    with FakeTensorMode():
+        unknown = torch.empty(())
+    for kept in (away, unknown, 0.5, None, True):
+        assert pieces.as_float(kept) is kept
 
 
 def test_vector_pieces():
