@@ -376,8 +376,9 @@ class Reads(TorchDispatchMode):
 ], ids=["Prodigy", "D-Adapt Adam", "DoG", "L-DoG", "Schedule-Free"])
 def test_nothing_is_read_from_the_device_between_rows(method, monkeypatch):
     """On a CPU a method whose count of steps is a tensor of the host, as Adam's, reads that."""
-    finite = prodigy.pieces.finite  # which on a CPU, and only there, looks at a gradient's sum
+    finite = prodigy.pieces.finite  # on a CPU, and only there, it looks at a gradient's sum
     monkeypatch.setattr(prodigy.optimizer, "finite", lambda *given: finite(*given[:3]))
+    monkeypatch.setattr(prodigy.optimizer, "as_float", lambda a: a)  # and this one at d
     monkeypatch.setattr(images, "marks", lambda steps, per_epoch: {per_epoch, 2 * per_epoch})
     monkeypatch.setattr(images, "REFRESH", 1)
     counts = []
