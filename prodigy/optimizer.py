@@ -79,14 +79,17 @@ INTEGERS = {"slice_p", "peak_patience", "total_training_steps", "warmup_steps", 
             "prodigy_steps", "anneal_steps", "c_warmup"}
 OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
 # Tensors in a compiled graph. From torch 2.13 those of one shape share a region of it, which is
-# compiled once; graphs of more tensors are no quicker. Before, Inductor no longer fuses in larger
-# ones what is computed with what is written, which stand far apart.
+# compiled once; larger graphs are slow to trace, and every graph costs time to call. Before,
+# Inductor no longer fuses in larger ones what is computed with what is written, which stand far
+# apart.
 REGIONS = torch.__version__ >= "2.13"
-GRAPH = 32 if REGIONS else 8
+GRAPH = 80 if REGIONS else 8
 # Inductor's: loops become one only if they share more than a few scalars, and what two loops need
 # is computed twice rather than written to memory; shapes are guarded already
+# what else a graph depends on is its key: `Family._compiled`
 OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
-           "realize_opcount_threshold": 1000, "size_asserts": False}
+           "realize_opcount_threshold": 1000, "size_asserts": False,
+           "guard_filter_fn": lambda guards: [g.guard_type == "TENSOR_MATCH" for g in guards]}
 NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -461,9 +464,7 @@ class Family(torch.optim.Optimizer):
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
         rows, run = list(zip(params, grads, states, b.parts)), getattr(self, name)
         if group["compile"] and not self.__dict__.get("_no_compiler"):
-            starts = range(0, len(rows), GRAPH)
-            sums = [self._compiled(rows[i : i + GRAPH], run, h) for i in starts]
-            return [functools.reduce(operator.add, same) for same in zip(*sums)]
+            return self._compiled(rows, run, h)
         if self.by_entry:
             rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
@@ -473,42 +474,54 @@ class Family(torch.optim.Optimizer):
         return self._over(rows, run, Scalars(h))
 
     def _compiled(self, rows, run, h):
-        """The loop over a few rows as one graph, kept for rows of the same shapes."""
+        """The loop over the rows in graphs of a few, each kept for rows of the same shapes."""
         p, _, s, _ = rows[0]
         dtype, graphs = working_dtype(p.dtype), self.__dict__.setdefault("_graphs", {})
         numbers = {name: number(name, a, dtype, p.device) if isinstance(a, float) else a
                    for name, a in h.items() if isinstance(a, (float, Tensor))}
         fixed = {name: a for name, a in h.items() if name not in numbers}
-        keys, names = tuple(s), tuple(numbers)
-        key = run.__name__, keys, names, *fixed.values(), *(row[0].shape for row in rows)
-        if key not in graphs:
-            known = inspect.signature(torch.compile).parameters
-            alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-
-            def one(p, g, part, *tensors):
-                h = {**fixed, **dict(zip(names, tensors[len(keys):]))}
-                return run(p, g, dict(zip(keys, tensors)), part, Scalars(h))
-
-            if REGIONS:
-                one = torch.compiler.nested_compile_region(one, max_reuse_entries=len(rows))
-            graphs[key] = torch.compile(lambda rows, *h: self._over(rows, one, *h),
-                                        fullgraph=True, dynamic=False, options=OPTIONS, **alone)
+        keys, names, values = tuple(s), tuple(numbers), tuple(numbers.values())
         # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
         lines = [(lined(p), lined(g), part, *map(lined, s.values())) for p, g, s, part in rows]
         if not self.by_entry:
             lines = [widened(*line) for line in lines]
-        try:
-            return graphs[key](lines, *numbers.values())
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing was written
-            if type(error.inner_exception).__name__ not in NO_COMPILER:
-                raise
-            if not self.__dict__.get("_no_compiler"):
-                warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by "
-                              "CXX, on a GPU Triton): the step runs without, with the same "
-                              f"numbers and slower. {str(error.inner_exception).splitlines()[0]}",
-                              stacklevel=2)
-            self._no_compiler = True
-            return self._over(rows, run, Scalars(h))
+        sums = []
+        for start in range(0, len(rows), GRAPH):
+            few, some = rows[start : start + GRAPH], lines[start : start + GRAPH]
+            key = (run.__name__, keys, names, *fixed.values(), *(p.shape for p, *_ in few),
+                   *(part for *_, part in few))
+            if key not in graphs:
+                graphs[key] = self._graph(run, fixed, keys, names, len(few))
+            try:
+                sums.append(graphs[key](some, *values))
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # nothing was written
+                self._give_up_compiling(error)
+                sums.append(self._over(few, run, Scalars(h)))
+        return [functools.reduce(operator.add, same) for same in zip(*sums)]
+
+    def _graph(self, run, fixed, keys, names, few):
+        """The loop over a few lines of tensors, to be compiled when it is called first."""
+        known = inspect.signature(torch.compile).parameters
+        alone = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+
+        def one(p, g, part, *tensors):
+            h = {**fixed, **dict(zip(names, tensors[len(keys):]))}
+            return run(p, g, dict(zip(keys, tensors)), part, Scalars(h))
+
+        if REGIONS:
+            one = torch.compiler.nested_compile_region(one, max_reuse_entries=few)
+        return torch.compile(lambda rows, *h: self._over(rows, one, *h),
+                             fullgraph=True, dynamic=False, options=OPTIONS, **alone)
+
+    def _give_up_compiling(self, error):
+        """Warn where there is no compiler, once; raise anything else."""
+        if type(error.inner_exception).__name__ not in NO_COMPILER:
+            raise error
+        if not self.__dict__.get("_no_compiler"):
+            warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by CXX, "
+                          "on a GPU Triton): the step runs without, with the same numbers and "
+                          f"slower. {str(error.inner_exception).splitlines()[0]}", stacklevel=2)
+        self._no_compiler = True
 
     def _over(self, rows, one, *h):
         """The loop over parameters: the sums of one(*row, *h)."""

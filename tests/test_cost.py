@@ -141,6 +141,27 @@ def test_state_bytes_are_those_that_the_optimizer_names(name):
 # times -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["Prodigy", "Schedule-Free AdamW", "Prodigy + Schedule-Free"])
+def test_optimizers_step_in_the_same_memory_without_a_trace(name):
+    shapes = [(40, 50), (7,), ()]
+    one, other, alone = (cost.build(cost.METHODS[name][0], shapes) for _ in range(3))
+    two = cost.build(prodigy.AdamW, shapes)
+    for optimizer in (one, other, alone, two):
+        cost.stepper(optimizer)()
+    seats = {}
+    held = [(o, cost.moved(o, seats)) for o in (one, two, other)]
+    assert {t.data_ptr() for t in held[0][1][0]} == {t.data_ptr() for t in held[2][1][0]}
+    for _ in range(3):
+        for optimizer, places in held:
+            with cost.seated(*places):
+                cost.stepper(optimizer)()
+    for _ in range(3):
+        cost.stepper(alone)()
+    for optimizer, (_, kept) in held[::2]:
+        now = [t for t, _ in cost.tensors(alone).values()]
+        assert all(map(torch.equal, kept, now)) and len(kept) == len(now)
+
+
 def test_ratios_are_taken_within_a_round(monkeypatch):
     """A round that is slow for everybody changes nothing."""
     speeds = (2, 1), (3, 0.5), (8, 4)  # of a step and of one of as many tensors of two entries

@@ -6,7 +6,9 @@
     peak(optimizer)                     the most memory that a step takes beyond what was there
 
 Times of one machine mean little on another, and little beside other programs; their ratios mean
-more, if the steps are taken in turn: what slows one round slows all of it.
+more, if the steps are taken in turn: what slows one round slows all of it. All tensors lie in the
+same memory when their optimizer steps: what a process asks for early may be scattered over pages,
+and the first of eight equal optimizers took 1.4 times as long as the last.
 """
 
 import contextlib
@@ -145,7 +147,7 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
         first step, with compilation).
     """
     device = torch.device(device)
-    steps, fixed, first, state = {}, {}, {}, {}
+    steps, fixed, first, state, held, seats = {}, {}, {}, {}, {}, {}
     torch.empty(2**23 - 2**12)  # like a batch's activations: after 32 MB are freed, glibc keeps
     for name in tqdm(makers, desc="first steps", disable=QUIET):  # memory for the next time
         optimizer = build(makers[name], shapes, device, seed)
@@ -155,11 +157,13 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
         for step in (steps[name], fixed[name]) * 2:
             step()
         state[name] = state_bytes(optimizer)
+        held[name] = moved(optimizer, seats)
     times = {name: ([], []) for name in makers}
     for _ in tqdm(range(rounds), desc="rounds", disable=QUIET):
         for name, taken in times.items():
-            for step, seen in zip((steps[name], fixed[name]), taken):
-                seen.append(seconds(step, device))
+            with seated(*held[name]):
+                for step, seen in zip((steps[name], fixed[name]), taken):
+                    seen.append(seconds(step, device))
     base = np.array(next(iter(times.values()))[0])
     rows = []
     for name, (taken, few) in times.items():
@@ -168,6 +172,31 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
                          fixed=np.median(np.array(few) / base),
                          bytes_per_parameter=state[name], first=first[name]))
     return pd.DataFrame(rows).set_index("name")
+
+
+def moved(optimizer, seats):
+    """Let its tensors lie in seats that others use in turn: ([its seats], [what it left there]).
+
+    seats: {(parameter, which of its tensors, dtype): memory}, filled where one is missing.
+    """
+    places, kept, number = [], [], -1
+    for t, name in tensors(optimizer).values():
+        if name == "p":
+            number, role, size = number + 1, 0, t.numel()
+        seat = seats.setdefault((number, role, t.dtype), t.new_zeros(size))
+        kept.append(t.detach().clone())
+        t.data = seat[: t.numel()].as_strided(t.shape, t.stride())
+        places.append(t.detach())
+        role += 1
+    return places, kept
+
+
+@contextlib.contextmanager
+def seated(places, kept):
+    """Within the block the seats hold what an optimizer left there, which is kept again."""
+    torch._foreach_copy_(places, kept)
+    yield
+    torch._foreach_copy_(kept, places)
 
 
 def seconds(step, device):
@@ -183,6 +212,9 @@ def seconds(step, device):
 def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
     """The methods beside torch's AdamW (fused and foreach) and their references, one table.
 
+    Every method has rounds of its own, in which AdamW, the method in its modes and its reference
+    take one step each: a row does not depend on what else is measured.
+
     Args:
         network: a key of ``NETWORKS``.
         names: keys of ``METHODS``, run eager and beside a reference that is installed.
@@ -195,16 +227,21 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
         attrs["first"] the seconds of first steps.
     """
     adamw = torch.optim.AdamW
-    makers = {("AdamW", "fused"): partial(adamw, fused=True),
-              ("AdamW", "foreach"): partial(adamw, foreach=True)}
+    fused, blocks = partial(adamw, fused=True), {"AdamW": {"foreach": partial(adamw, foreach=True)}}
     for name in names:
         make, reference = METHODS[name]
-        makers[name, "eager"] = make
+        block = blocks.setdefault(name, {})
+        block["eager"] = make
         if name in compiled:
-            makers[name, "compiled"] = partial(make, compile=True)
+            block["compiled"] = partial(make, compile=True)
         if reference and name != "AdamW" and (theirs := installed(reference)):
-            makers[name, "reference"] = partial(theirs, **getattr(make, "keywords", {}))
-    table = compare(makers, NETWORKS[network], rounds, device, seed).reset_index()
+            block["reference"] = partial(theirs, **getattr(make, "keywords", {}))
+    tables = []
+    for name, block in tqdm(blocks.items(), desc=network, disable=QUIET):
+        makers = {("AdamW", "fused"): fused, **{(name, mode): block[mode] for mode in block}}
+        tables.append(compare(makers, NETWORKS[network], rounds, device, seed))
+    table = pd.concat(tables)
+    table = table[~table.index.duplicated()].reset_index()
     first = table.pop("first")
     table.insert(0, "mode", [mode for _, mode in table.name])
     table.insert(0, "method", [method for method, _ in table.pop("name")])
@@ -216,7 +253,7 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     table = table.assign(reference=table.method.map(packages), device=named,
                          torch=torch.__version__, network=network)
-    table.attrs["first"] = dict(zip(makers, first))
+    table.attrs["first"] = dict(zip(zip(table.method, table["mode"]), first))
     return table
 
 
