@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .pieces import (abreast, add_scaled_, as_float, every, finite, join, residual, store_, where,
                      working_dtype)
-from .shards import everywhere, gradient, local, part_of, present, sharded
+from .shards import everywhere, local, part_of, present, row_of, sharded
 from .vec import Vec, cut, in_turn, stack
 
 log = logging.getLogger("prodigy")
@@ -85,11 +85,13 @@ OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
 REGIONS = torch.__version__ >= "2.13"
 GRAPH = 80 if REGIONS else 8
 # Inductor's: loops become one only if they share more than a few scalars, and what two loops need
-# is computed twice rather than written to memory; shapes are guarded already
-# what else a graph depends on is its key: `Family._compiled`
+# is computed twice rather than written to memory; shapes are guarded already. Of the guards those
+# of tensors stay, and those of the process (without a name: threads, autocast, ...): what a graph
+# takes from Python objects is its key in `Family._compiled`.
 OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
            "realize_opcount_threshold": 1000, "size_asserts": False,
-           "guard_filter_fn": lambda guards: [g.guard_type == "TENSOR_MATCH" for g in guards]}
+           "guard_filter_fn": lambda guards: [
+               not g.name or g.guard_type in ("TENSOR_MATCH", "DUPLICATE_INPUT") for g in guards]}
 NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -458,15 +460,14 @@ class Family(torch.optim.Optimizer):
             seed = hash((group["k"], place, first, *(b.parts[0].offset if b.parts[0] else ())))
             if device.type != "meta" and not group["compile"]:
                 h["noise"] = torch.Generator(device).manual_seed(seed % 2**63)
-        params, grads = [local(p) for p in b.params], [gradient(p) for p in b.params]
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
-        states = [{key: local(s[key]) for key in keys} for s in b.states]
+        rows = [row_of(p, s, keys, part) for p, s, part in zip(b.params, b.states, b.parts)]
         h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
-        rows, run = list(zip(params, grads, states, b.parts)), getattr(self, name)
+        run = getattr(self, name)
         if group["compile"] and not self.__dict__.get("_no_compiler"):
             return self._compiled(rows, run, h)
         if self.by_entry:
-            rows = [row for whole in rows for row in cut(*whole, group.get("slice_p", 1))]
+            rows = [piece for whole in rows for piece in cut(*whole, group.get("slice_p", 1))]
         if device.type == "cuda" if group["foreach"] is None else group["foreach"]:
             rows = [stack(some) for some in in_turn(rows)]
         elif not group["capturable"]:

@@ -131,6 +131,8 @@ def present(params, taken=()):
     One small all_reduce for each mesh, whose result only a rank that lacks a gradient reads.
     """
     have = {p: p in taken or p.grad is not None for p in params if sharded(p)}
+    if not have and not taken:
+        return [p for p in params if p.grad is not None]
     for mesh in dict.fromkeys(p.device_mesh for p in have):
         mine = [p for p in have if p.device_mesh == mesh]
         flags = torch.ones(len(mine), dtype=torch.int32, device=mesh.device_type)
@@ -149,6 +151,13 @@ def gradient(p):
     if sharded(p) and p.grad.placements != p.placements:
         return local(p.grad.redistribute(placements=p.placements))
     return local(p.grad)
+
+
+def row_of(p, s, keys, part):
+    """(p, its gradient, its buffers {key: tensor}, part): of a DTensor, this rank's pieces."""
+    if part is None:
+        return p, p.grad, {key: s[key] for key in keys}, None
+    return local(p), gradient(p), {key: local(s[key]) for key in keys}, part
 
 
 def average(a, params):

@@ -160,6 +160,55 @@ def test_every_option_compiles_once(case, fresh_compiler, monkeypatch):
     assert zoo.error(ends[1], ends[0]) < 1e-9
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy", "AdamWScheduleFree"])
+def test_a_compiled_step_notices_what_changes_under_it(name, fresh_compiler):
+    """A gradient shared by two, layouts of gradient, weight and buffer, options, one that is gone."""
+    plain, ends = torch.contiguous_format, []
+    for compiled in (False, True):
+        problem = zoo.problem(shapes=[(4, 6, 3, 2), (5,), (5,)])
+        filters, other, last = problem.params
+        optimizer = getattr(prodigy, name)(problem.params, weight_decay=0.1, compile=compiled)
+        group, fill = optimizer.param_groups[0], problem.fill
+
+        def fill_otherwise(step):
+            fill(step)
+            if step < 2:
+                last.grad = other.grad
+            if step >= 4:
+                filters.grad = filters.grad.contiguous(memory_format=plain)
+            if step == 8:
+                last.grad = None
+
+        def change(step, _):
+            s = optimizer.state[filters]
+            if step == 4:
+                filters.data = filters.data.contiguous(memory_format=plain)
+            elif step == 5:
+                s.update({key: t.contiguous(memory_format=plain) for key, t in s.items()})
+            elif step == 6:
+                group.update(weight_decay=0.0, maximize=True)
+
+        problem.fill = fill_otherwise
+        assert not filters.is_contiguous()
+        zoo.run(optimizer, 10, problem=problem, each=change)
+        assert filters.is_contiguous()
+        ends.append(zoo.final(problem))
+    assert zoo.error(ends[1], ends[0]) < 1e-9
+
+
+def test_a_compiled_step_is_compiled_anew_for_more_threads(fresh_compiler):
+    """Inductor's programs have a place for the sums of every thread."""
+    before, problem = torch.get_num_threads(), zoo.problem()
+    optimizer = prodigy.Prodigy(problem.params, compile=True)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            zoo.run(optimizer, 2, problem=problem)
+            assert graphs() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Prodigy", "SGDScheduleFree"])
 def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
     ends = []
