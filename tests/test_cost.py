@@ -166,6 +166,7 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     """A round that is slow for everybody changes nothing."""
     speeds = (2, 1), (3, 0.5), (8, 4)  # of a step and of one of as many tensors of two entries
     taken = iter([9, 9, 9, *(k * a for k in (1, 5, 1, 7) for pair in speeds for a in pair)])
+    monkeypatch.setattr(cost, "PROFILED", 0)
     monkeypatch.setattr(cost, "seconds", lambda step, device: next(taken))
     makers = dict(a=partial(prodigy.SGD, lr=0.1), b=prodigy.AdamW, c=prodigy.Prodigy)
     table = cost.compare(makers, [(3,)], rounds=4)
@@ -175,11 +176,26 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     assert list(table.bytes_per_parameter) == [0, 8, 16]
 
 
+def test_time_inside_of_programs():
+    """Of a compiled step and of torch's AdamW; the other steps run none."""
+    makers = dict(fused=partial(torch.optim.AdamW, fused=True), eager=prodigy.AdamW,
+                  compiled=partial(prodigy.AdamW, compile=True))
+    inside = cost.compare(makers, [(300, 1000)] * 2, rounds=2).programs
+    assert 0.3 < inside["fused"] < 1 and inside["compiled"] > 0.3 and inside.isna()["eager"]
+    step = cost.stepper(cost.build(makers["compiled"], [(300, 1000)] * 2))
+    step()
+    with cost.programs() as spent:
+        step()
+    assert len(spent) == 3  # two tensors, and one that adds up the counts of their holes
+    step()
+    assert len(spent) == 3
+
+
 def test_the_table_of_the_notebook():
     names = ["AdamW", "Prodigy"]
     table = cost.measure("two matrices", names, rounds=2)
     assert list(table.columns) == ["method", "mode", "ratio", "ratio_low", "ratio_high", "fixed",
-                                   "floor", "words", "bytes_per_parameter", "reference",
+                                   "programs", "floor", "words", "bytes_per_parameter", "reference",
                                    "device", "torch", "network"]
     rows = list(zip(table.method, table["mode"]))
     assert rows == [("AdamW", "fused"), ("AdamW", "foreach"), ("AdamW", "eager"),
@@ -203,6 +219,13 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.cost
+def test_equal_optimizers_take_the_same_time(two_threads):
+    """Whatever their place in the process's memory and in the round."""
+    makers = dict.fromkeys(range(4), partial(torch.optim.AdamW, fused=True))
+    assert cost.compare(makers, cost.NETWORKS["gpt"], 25).ratio.between(0.92, 1.08).all()
 
 
 @pytest.mark.cost

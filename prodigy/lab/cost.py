@@ -8,7 +8,7 @@
 Times of one machine mean little on another, and little beside other programs; their ratios mean
 more, if the steps are taken in turn: what slows one round slows all of it. All tensors lie in the
 same memory when their optimizer steps: what a process asks for early may be scattered over pages,
-and the first of eight equal optimizers took 1.4 times as long as the last.
+and the first of several equal optimizers is then slower than the last.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,6 +65,9 @@ NETWORKS = {
     "gpt, 124 M": gpt(768, 12, 50304, 1024),
     "resnet18": resnet18(),
 }
+
+
+PROFILED = 5  # rounds, after the others, in which the time inside of programs is taken
 
 
 class Idle(Family):
@@ -143,8 +147,9 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
     Returns:
         DataFrame with a row for each name: ratio (median over the rounds), ratio_low and
         ratio_high (quartiles), fixed (ratio of a step of as many tensors of two entries: what
-        costs the same whatever their size), bytes_per_parameter (state), first (seconds of the
-        first step, with compilation).
+        costs the same whatever their size), programs (ratio of what a compiled step spends in
+        Inductor's programs and torch's AdamW in its own, in further rounds, on a CPU), first
+        (seconds of the first step, with compilation), bytes_per_parameter (state).
     """
     device = torch.device(device)
     steps, fixed, first, state, held, seats = {}, {}, {}, {}, {}, {}
@@ -164,12 +169,21 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
             with seated(*held[name]):
                 for step, seen in zip((steps[name], fixed[name]), taken):
                     seen.append(seconds(step, device))
+    inside = {name: [] for name in makers}
+    for _ in range(PROFILED if device.type == "cpu" else 0):
+        for name, seen in inside.items():
+            with seated(*held[name]), programs() as spent:
+                whole = seconds(steps[name], device)
+            seen.append((sum(spent) or np.nan, whole))
+    inside = {name: np.array(seen or [(np.nan, 1)]).T for name, seen in inside.items()}
+    whole = next(iter(inside.values()))[1]
     base = np.array(next(iter(times.values()))[0])
     rows = []
     for name, (taken, few) in times.items():
         low, middle, high = np.quantile(np.array(taken) / base, [0.25, 0.5, 0.75])
         rows.append(dict(name=name, ratio=middle, ratio_low=low, ratio_high=high,
                          fixed=np.median(np.array(few) / base),
+                         programs=np.median(inside[name][0] / whole),
                          bytes_per_parameter=state[name], first=first[name]))
     return pd.DataFrame(rows).set_index("name")
 
@@ -199,6 +213,31 @@ def seated(places, kept):
     torch._foreach_copy_(kept, places)
 
 
+@contextlib.contextmanager
+def programs():
+    """A list, to which calls of Inductor's programs and of torch's AdamW add their seconds."""
+    spent = []
+
+    def timed(run):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            out = run(*args, **kwargs)
+            spent.append(time.perf_counter() - start)
+            return out
+        return call
+
+    places = [(vars(module), name) for module in PyCodeCache.modules for name in vars(module)
+              if name.startswith("cpp_fused")] + [(vars(torch), "_fused_adamw_")]
+    before = [(names, name, names[name]) for names, name in places]
+    for names, name, run in before:
+        names[name] = timed(run)
+    try:
+        yield spent
+    finally:
+        for names, name, run in before:
+            names[name] = run
+
+
 def seconds(step, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -222,7 +261,7 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
 
     Returns:
         DataFrame with method, mode (fused, foreach, eager, compiled, reference), ratio with its
-        quartiles, fixed (see `compare`), floor (words over those of AdamW), words,
+        quartiles, fixed and programs (see `compare`), floor (words over those of AdamW), words,
         bytes_per_parameter, reference (the package), device, torch, network; and as its
         attrs["first"] the seconds of first steps.
     """
@@ -246,8 +285,8 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
     table.insert(0, "mode", [mode for _, mode in table.name])
     table.insert(0, "method", [method for method, _ in table.pop("name")])
     floor = {name: words(METHODS[name][0]) for name in {*names, "AdamW"}}
-    table.insert(6, "words", table.method.map(floor))
-    table.insert(6, "floor", table.words / floor["AdamW"])
+    table.insert(7, "words", table.method.map(floor))
+    table.insert(7, "floor", table.words / floor["AdamW"])
     packages = {name: reference.split(":")[0] for name, (_, reference) in METHODS.items()}
     device = torch.device(device)
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
