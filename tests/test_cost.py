@@ -195,8 +195,8 @@ def test_the_table_of_the_notebook():
     names = ["AdamW", "Prodigy"]
     table = cost.measure("two matrices", names, rounds=2)
     assert list(table.columns) == ["method", "mode", "ratio", "ratio_low", "ratio_high", "fixed",
-                                   "programs", "floor", "words", "bytes_per_parameter", "reference",
-                                   "device", "torch", "network"]
+                                   "programs", "floor", "words", "bytes_per_parameter",
+                                   "reference", "device", "torch", "network"]
     rows = list(zip(table.method, table["mode"]))
     assert rows == [("AdamW", "fused"), ("AdamW", "foreach"), ("AdamW", "eager"),
                     ("Prodigy", "eager"), ("Prodigy", "reference")]

@@ -266,7 +266,7 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
         attrs["first"] the seconds of first steps.
     """
     adamw = torch.optim.AdamW
-    fused, blocks = partial(adamw, fused=True), {"AdamW": {"foreach": partial(adamw, foreach=True)}}
+    blocks = {"AdamW": {"foreach": partial(adamw, foreach=True)}}
     for name in names:
         make, reference = METHODS[name]
         block = blocks.setdefault(name, {})
@@ -277,7 +277,8 @@ def measure(network, names, compiled=(), rounds=20, device="cpu", seed=0):
             block["reference"] = partial(theirs, **getattr(make, "keywords", {}))
     tables = []
     for name, block in tqdm(blocks.items(), desc=network, disable=QUIET):
-        makers = {("AdamW", "fused"): fused, **{(name, mode): block[mode] for mode in block}}
+        makers = {("AdamW", "fused"): partial(adamw, fused=True),
+                  **{(name, mode): make for mode, make in block.items()}}
         tables.append(compare(makers, NETWORKS[network], rounds, device, seed))
     table = pd.concat(tables)
     table = table[~table.index.duplicated()].reset_index()
