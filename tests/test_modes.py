@@ -162,7 +162,7 @@ def test_every_option_compiles_once(case, fresh_compiler, monkeypatch):
 
 @pytest.mark.parametrize("name", ["AdamW", "Prodigy", "AdamWScheduleFree"])
 def test_a_compiled_step_notices_what_changes_under_it(name, fresh_compiler):
-    """A shared gradient, layouts of gradient, weight and buffer, options, a gradient that is gone."""
+    """A shared gradient, layouts of gradient, weight and buffer, options, a missing gradient."""
     plain, ends = torch.contiguous_format, []
     for compiled in (False, True):
         problem = zoo.problem(shapes=[(4, 6, 3, 2), (5,), (5,)])
