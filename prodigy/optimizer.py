@@ -91,7 +91,8 @@ GRAPH = 80 if REGIONS else 8
 OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
            "realize_opcount_threshold": 1000, "size_asserts": False,
            "guard_filter_fn": lambda guards: [
-               not g.name or g.guard_type in ("TENSOR_MATCH", "DUPLICATE_INPUT") for g in guards]}
+               not g.name or "TENSOR" in g.guard_type or g.guard_type == "DUPLICATE_INPUT"
+               for g in guards]}
 NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -521,7 +522,7 @@ class Family(torch.optim.Optimizer):
         if not self.__dict__.get("_no_compiler"):
             warnings.warn("compile=True finds no compiler (on a CPU a C++ compiler named by CXX, "
                           "on a GPU Triton): the step runs without, with the same numbers and "
-                          f"slower. {str(error.inner_exception).splitlines()[0]}", stacklevel=2)
+                          f"slower. {str(error.inner_exception).splitlines()[0]}", stacklevel=3)
         self._no_compiler = True
 
     def _over(self, rows, one, *h):

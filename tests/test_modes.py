@@ -160,6 +160,20 @@ def test_every_option_compiles_once(case, fresh_compiler, monkeypatch):
     assert zoo.error(ends[1], ends[0]) < 1e-9
 
 
+def test_more_tensors_than_a_graph_takes(fresh_compiler, monkeypatch):
+    """Every graph has its own tensors; the sums run over all of them."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(prodigy.optimizer, "GRAPH", 2)
+    ends, ds = [], []
+    for compiled in (False, True):
+        problem = zoo.problem(shapes=[(3, 2), (4,), (5,), (2, 2), (7,)])
+        optimizer = prodigy.Prodigy(problem.params, compile=compiled)
+        ds.append(zoo.run(optimizer, 10, problem=problem).d)
+        ends.append(zoo.final(problem))
+    assert graphs() == 3
+    assert zoo.error(ends[1], ends[0]) < 1e-9 and torch.allclose(*ds, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Prodigy", "AdamWScheduleFree"])
 def test_a_compiled_step_notices_what_changes_under_it(name, fresh_compiler):
     """A shared gradient, layouts of gradient, weight and buffer, options, a missing gradient."""
