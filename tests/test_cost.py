@@ -165,8 +165,9 @@ def test_optimizers_step_in_the_same_memory_without_a_trace(name):
 def test_ratios_are_taken_within_a_round(monkeypatch):
     """A round that is slow for everybody changes nothing."""
     speeds = (2, 1), (3, 0.5), (8, 4)  # of a step and of one of as many tensors of two entries
-    taken = iter([9, 9, 9, *(k * a for k in (1, 5, 1, 7) for pair in speeds for a in pair)])
-    monkeypatch.setattr(cost, "PROFILED", 0)
+    rounds = (k * a for k in (1, 5, 1, 7) for pair in speeds for a in pair)
+    taken = iter([9, 9, 9, *rounds, 1, 1, 1])
+    monkeypatch.setattr(cost, "PROFILED", 1)
     monkeypatch.setattr(cost, "seconds", lambda step, device: next(taken))
     makers = dict(a=partial(prodigy.SGD, lr=0.1), b=prodigy.AdamW, c=prodigy.Prodigy)
     table = cost.compare(makers, [(3,)], rounds=4)

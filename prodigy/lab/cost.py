@@ -170,20 +170,19 @@ def compare(makers, shapes, rounds=20, device="cpu", seed=0):
                 for step, seen in zip((steps[name], fixed[name]), taken):
                     seen.append(seconds(step, device))
     inside = {name: [] for name in makers}
-    for _ in range(PROFILED if device.type == "cpu" else 0):
+    for _ in range(PROFILED):
         for name, seen in inside.items():
             with seated(*held[name]), programs() as spent:
                 whole = seconds(steps[name], device)
-            seen.append((sum(spent) or np.nan, whole))
-    inside = {name: np.array(seen or [(np.nan, 1)]).T for name, seen in inside.items()}
-    whole = next(iter(inside.values()))[1]
+            seen.append((sum(spent) if spent and device.type == "cpu" else np.nan, whole))
+    spent, whole = np.array([*inside.values()]).T  # rounds x names
+    share = dict(zip(makers, np.median(spent / whole[:, :1], axis=0)))
     base = np.array(next(iter(times.values()))[0])
     rows = []
     for name, (taken, few) in times.items():
         low, middle, high = np.quantile(np.array(taken) / base, [0.25, 0.5, 0.75])
         rows.append(dict(name=name, ratio=middle, ratio_low=low, ratio_high=high,
-                         fixed=np.median(np.array(few) / base),
-                         programs=np.median(inside[name][0] / whole),
+                         fixed=np.median(np.array(few) / base), programs=share[name],
                          bytes_per_parameter=state[name], first=first[name]))
     return pd.DataFrame(rows).set_index("name")
 
@@ -197,9 +196,11 @@ def moved(optimizer, seats):
     for t, name in tensors(optimizer).values():
         if name == "p":
             number, role, size = number + 1, 0, t.numel()
-        seat = seats.setdefault((number, role, t.dtype), t.new_zeros(size))
+        key = number, role, t.dtype
+        if key not in seats:
+            seats[key] = t.new_zeros(size)
         kept.append(t.detach().clone())
-        t.data = seat[: t.numel()].as_strided(t.shape, t.stride())
+        t.data = seats[key][: t.numel()].as_strided(t.shape, t.stride())
         places.append(t.detach())
         role += 1
     return places, kept
