@@ -93,6 +93,14 @@ def test_closes_with_checks(path):
     assert any(cell.source.count("assert ") >= 3 for cell in code_cells(notebook))
 
 
+@every_notebook
+def test_no_cell_prints_into_an_output_widget(path):
+    """A run may then wait for ever: nbclient answers such a widget on the channel on which it
+    waits for the cell's end, and can miss it (jupyter/nbclient#312)."""
+    sources = "".join(cell.source for cell in code_cells(read(path)))
+    assert not re.search(r"interact|Output\(", sources)
+
+
 @pytest.mark.parametrize("profile", ["quick", "gpu"])
 def test_profiles_name_notebooks_and_parameters(profile):
     sections = yaml.safe_load((LAYOUT.notebooks / f"{profile}.yml").read_text()) or {}
@@ -118,7 +126,7 @@ def test_runs_and_gives_the_committed_tables(path, tmp_path, monkeypatch):
     figures.mkdir()
     run = papermill.execute_notebook(
         str(path), str(tmp_path / path.name), parameters=quick | {"figures": str(figures)},
-        kernel_name="python3", progress_bar=False, cwd=str(tmp_path),
+        kernel_name="python3", progress_bar=False, cwd=str(tmp_path), execution_timeout=900,
     )
     stray = [output.text for output in outputs(run) if output.get("name") == "stderr"]
     assert not stray
