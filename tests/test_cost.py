@@ -5,9 +5,7 @@ ten minutes, so `make test` leaves them out.
 """
 
 from functools import partial
-from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
@@ -21,7 +19,6 @@ WORDS = {"SGD": 3, "Adagrad": 5, "RMSprop": 5, "Adam": 7, "AdamW": 7, "D-Adapt S
          "COCOB": 12, "Schedule-Free Polyak": 8, "ScheduleFree+": 12, "D-Adapt Resetting": 7,
          cost.ALONE: 1}
 LARGE = [(1500, 2000), (3000, 1000), (1_000_000,), (1000, 1000)]
-FULL = Path(__file__).resolve().parents[1] / "figures" / "45_cost_full.csv"
 
 
 # words -----------------------------------------------------------------------------------------

@@ -210,19 +210,6 @@ def test_a_compiled_step_notices_what_changes_under_it(name, fresh_compiler):
     assert zoo.error(ends[1], ends[0]) < 1e-9
 
 
-def test_a_compiled_step_is_compiled_anew_for_more_threads(fresh_compiler):
-    """Inductor's programs have a place for the sums of every thread."""
-    before, problem = torch.get_num_threads(), zoo.problem()
-    optimizer = prodigy.Prodigy(problem.params, compile=True)
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            zoo.run(optimizer, 2, problem=problem)
-            assert graphs() == threads
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", ["AdamW", "Prodigy", "SGDScheduleFree"])
 def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
     ends = []

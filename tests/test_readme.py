@@ -162,3 +162,18 @@ def test_the_numbers_of_the_tour():
     assert f"ends {below:.1f} points below AdamW at the best of five rates" in README
     assert f"and {above:.1f} points above AdamW at its default" in README
     assert tour["DAdaptAdam", 10] < 50 < tour["DAdaptAdam", 1]
+
+
+def test_the_speed_that_is_told_was_measured():
+    full = pd.read_csv(FIGURES / "45_cost_full.csv")
+    ratio = full.pivot(index=["network", "method"], columns="mode", values="ratio")
+    compiled = ratio.compiled.groupby("method").agg(["min", "max"])
+    assert list(compiled.loc["Prodigy"].round()) == [2, 2]
+    for name, told in (("Prodigy, slice_p 11", "`slice_p=11`: {:.1f} to {:.1f} times;"),
+                       ("Schedule-Free AdamW", "Schedule-Free AdamW: {:.1f} to {:.1f};"),
+                       ("Prodigy + Schedule-Free", "Prodigy + Schedule-Free: {:.1f} to {:.1f})")):
+        assert told.format(*compiled.loc[name]) in README
+    beside = (ratio.eager / ratio.reference).groupby("method").agg(["min", "max"]).dropna()
+    most, rest = beside["max"]["Schedule-Free SGD"], beside.drop("Schedule-Free SGD")
+    assert (f"from {rest['min'].min():.1f} to {rest['max'].max():.1f} times it, "
+            f"Schedule-Free SGD up to {most:.1f} times") in README
