@@ -31,7 +31,7 @@ from torch import Tensor
 from .pieces import (abreast, add_scaled_, as_float, every, finite, join, residual, store_, where,
                      working_dtype)
 from .shards import everywhere, local, part_of, present, row_of, sharded
-from .vec import Vec, cut, in_turn, stack
+from .vec import Vec, bunched, cut, in_turn, stack
 
 log = logging.getLogger("prodigy")
 
@@ -145,7 +145,7 @@ class Family(torch.optim.Optimizer):
     Keyword arguments that every method takes beside its own:
 
     foreach (bool or None): all tensors of a group in one ``torch._foreach`` call per line (None:
-        on CUDA, as in torch.optim).
+        on CUDA, as in torch.optim, and on a CPU those with few entries).
     maximize (bool): step up instead of down.
     capturable (bool): keep step counts and a tensor ``lr`` on the device.
     compile (bool): run the pass under ``torch.compile``; the first step then takes up to a minute
@@ -451,7 +451,7 @@ class Family(torch.optim.Optimizer):
         return [(b.group, b.parts[0], self._run(b, name)) for b in batches]
 
     def _run(self, b, name):
-        """One batch as a loop over tensors, as one Vec, or compiled: the same body."""
+        """One batch as a loop over tensors, as Vecs, or compiled: the same body."""
         group, device = b.group, b.params[0].device
         h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
         h["alone"] = not self.sums or group.get("slice_p", 1) > 1  # see pieces.finite
@@ -473,6 +473,7 @@ class Family(torch.optim.Optimizer):
             rows = [stack(some) for some in in_turn(rows)]
         elif not group["capturable"]:
             h = {key: as_float(a) for key, a in h.items()}
+            rows = bunched(rows) if group["foreach"] is None else rows
         return self._over(rows, run, Scalars(h))
 
     def _compiled(self, rows, run, h):

@@ -144,15 +144,15 @@ def finite(g, alone=True, counted=True, x=None):
         entries, and g itself is returned, unless it lies in x's memory and would move along.
     """
     if isinstance(g, Vec):
-        return g.finite()
+        return g.finite(x)
     if torch.compiler.is_compiling():  # one comparison in the one loop
         good = g.abs() < math.inf
         bad = (~good).to(torch.int32)
         return torch.where(good, g, 0.0), (tail(bad) if alone else bad).sum(dtype=torch.int32)
     here = x is not None and type(g) is Tensor and g.is_cpu
     if here and g.data_ptr() != x.data_ptr():
-        row = g.view(-1) if g.is_contiguous() else None
-        if math.isfinite((g.sum() if row is None else row.dot(row)).item()):
+        row = g if g.dim() == 1 else g.view(-1) if g.is_contiguous() else None
+        if math.isfinite(g.sum() if row is None else row.dot(row)):
             return g, 0
     clean = g.nan_to_num(0.0, 0.0, 0.0)
     if not counted:

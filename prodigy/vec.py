@@ -6,10 +6,13 @@ Numbers that live on the device (0-d tensors) must never be read back by the hos
 ``torch._foreach_*`` functions do so silently, and this file is the one place that knows which.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 CHUNK = 2**19  # entries of a large tensor that the loop takes at once: 2 MB each, near the cache
+SMALL = 2**14  # entries of a tensor up to which calls cost more than work: the loop takes many
 
 _add_tensor = torch.ops.aten._foreach_add.Tensor  # leaves the scalar on the device
 
@@ -33,11 +36,17 @@ class Vec:
     def to(self, dtype):
         return self if self.dtype == dtype else self.each(lambda t: t.to(dtype))
 
-    def finite(self):
-        """Non-finite entries set to zero, and how many there were: one flat copy, then views."""
+    def finite(self, x=None):
+        """See `pieces.finite`: one flat copy, whose views are returned if x is not given."""
         flat = torch.cat([t.flatten() for t in self.parts])
+        here = x is not None and type(flat) is Tensor and flat.is_cpu
+        if here and all(g.data_ptr() != p.data_ptr() for g, p in zip(self.parts, x.parts)):
+            if math.isfinite(flat.dot(flat).item()):
+                return self, 0
         clean = flat.nan_to_num(0.0, 0.0, 0.0)
         bad = flat.ne_(clean).sum().long()
+        if here:  # with the strides of g itself
+            return self.each(lambda t: t.nan_to_num(0.0, 0.0, 0.0)), bad
         pieces = clean.split([t.numel() for t in self.parts])
         return Vec(c.view(t.shape) for c, t in zip(pieces, self.parts)), bad
 
@@ -143,23 +152,24 @@ def cut(p, g, s, part, stride=1):
     have p's entries or every stride-th; a piece begins at one of those. (Those of a shard, which
     has a `part`, lie elsewhere: it is cut only where the stride is 1.)
     """
-    tensors, n = [p, g, *s.values()], p.numel()
-    few = -(-n // stride)
-    whole = n <= CHUNK or (part is not None and stride > 1)
-    if whole or not all(t.is_contiguous() and t.numel() in (n, few) for t in tensors):
+    n = p.numel()
+    if n <= CHUNK or (part is not None and stride > 1):
+        return [(p, g, s, part)]
+    tensors, few = [p, g, *s.values()], -(-n // stride)
+    if not all(t.is_contiguous() and t.numel() in (n, few) for t in tensors):
         return [(p, g, s, part)]
     size = max(CHUNK // stride, 1)
     pieces = [t.view(-1).split(size * stride if t.numel() == n else size) for t in tensors]
     return [(p, g, dict(zip(s, rest)), part) for p, g, *rest in zip(*pieces)]
 
 
-def in_turn(rows):
-    """Lists of rows that foreach takes at once, each with at most an eighth of all entries.
+def in_turn(rows, share=8):
+    """Lists of rows that foreach takes at once, each with at most 1/share of all entries.
 
     A body holds up to six temporaries at a time; together they then stay below the size of the
     parameters, unless those are few or one tensor that cannot be cut is most of them.
     """
-    limit = max(sum(row[0].numel() for row in rows) / 8, CHUNK)
+    limit = max(sum(row[0].numel() for row in rows) / share, CHUNK)
     some, size = [], 0
     for row in rows:
         if some and size + row[0].numel() > limit:
@@ -175,3 +185,12 @@ def stack(rows):
     params, grads, states, parts = zip(*rows)
     states = {key: Vec(s[key] for s in states) for key in states[0]}
     return Vec(params), Vec(grads), states, Vec(parts)
+
+
+def bunched(rows):
+    """The rows of large tensors, and those of small ones as few rows of ``Vec``s."""
+    small = [row for row in rows if row[0].numel() <= SMALL]
+    if len(small) < 2:
+        return rows
+    large = [row for row in rows if row[0].numel() > SMALL]
+    return large + [stack(some) for some in in_turn(small, share=math.inf)]

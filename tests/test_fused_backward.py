@@ -219,8 +219,11 @@ def test_d_moves_once_at_the_end_of_the_pass(case):
 # memory ----------------------------------------------------------------------------------------
 
 
-def peak(fused, layers=8, width=32):
-    """Peak memory of one backward pass and step over equal layers, in weights of one layer."""
+def peak(fused, layers=8, width=160):
+    """Peak memory of one backward pass and step over equal layers, in weights of one layer.
+
+    They are larger than those of which a step takes many at a time.
+    """
     net = [torch.nn.Linear(width, width, bias=False) for _ in range(layers)]
     model = torch.nn.Sequential(*net)
     optimizer = prodigy.ProdigyPlusScheduleFree(model.parameters())

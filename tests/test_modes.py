@@ -69,6 +69,28 @@ def test_foreach_equals_loop(case):
 
 
 @every_own_case
+def test_small_tensors_together_equal_the_loop(case, monkeypatch):
+    """What nobody asks for on a CPU: here, of a case's tensors, some are small and some are not."""
+    monkeypatch.setattr(vec, "SMALL", 4)
+    sizes = [p.numel() for p in zoo.problem(holes=case.holes).params]
+    assert sum(n <= 4 for n in sizes) > 1 and max(sizes) > 4
+    check_equal(case)
+
+
+def test_small_tensors_go_together():
+    few, many = (count(zoo.Case("", prodigy.Prodigy), n, foreach=None) for n in (4, 40))
+    assert few.device == many.device
+    shapes = [(5, 3277), (3,), (), (100, 163), (128, 128)]
+    rows = [(torch.zeros(shape), torch.zeros(shape), {}, None) for shape in shapes]
+    large, *small = vec.bunched(rows)
+    assert large is rows[0] and [len(p.parts) for p, *_ in small] == [4]
+    for alone in rows[:2], rows[:1], []:
+        assert vec.bunched(alone) is alone
+    some = [(torch.zeros(2**14), torch.zeros(2**14), {}, None)] * 300
+    assert [len(p.parts) for p, *_ in vec.bunched(some)] == [32] * 9 + [12]
+
+
+@every_own_case
 @either_way
 def test_large_tensors_in_parts_give_the_same(case, foreach, monkeypatch):
     """Cut where a method allows it, as large tensors are; foreach takes a few parts at once."""

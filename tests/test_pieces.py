@@ -175,6 +175,24 @@ def test_a_sum_that_is_finite_says_that_there_are_no_holes():
     assert pieces.finite(g, x=g)[0] is not g  # x's own memory, which moves
 
 
+def test_a_sum_over_many_tensors_says_that_none_has_holes():
+    g = Vec([torch.randn(3, 4), torch.randn(4, 3).T, torch.tensor(2.0)])
+    x = g.clone()
+    same, bad = pieces.finite(g, x=x)
+    assert same is g and bad == 0 and isinstance(bad, int)
+    g.parts[1][1, 2] = math.nan
+    clean, bad = pieces.finite(g, x=x)
+    assert bad == 1 and clean.parts[1][1, 2] == 0 and g.parts[1][1, 2].isnan()
+    assert [t.stride() for t in clean.parts] == [t.stride() for t in g.parts]
+    x.parts[0] = g.parts[0]  # memory that moves in this step
+    g.parts[1][1, 2] = 1.0
+    clean, bad = pieces.finite(g, x=x)
+    assert bad == 0 and torch.equal(clean.parts[0], g.parts[0])
+    assert clean.parts[0].data_ptr() != g.parts[0].data_ptr()
+    away = Vec([torch.empty(3, device="meta")])
+    assert pieces.finite(away, x=away.clone())[0] is not away
+
+
 # scalars and vectors ---------------------------------------------------------------------------
 
 
