@@ -249,6 +249,8 @@ def test_a_number_that_turned_into_nan_or_left_zero_is_infinitely_far():
     assert reproduce.compare_columns(*lost) == "max abs inf, max rel inf"
     grown = pd.Series([0.5]), pd.Series([0.0])
     assert reproduce.compare_columns(*grown) == "max abs 5.0e-01, max rel inf"
+    gaps = pd.Series(["a", None]), pd.Series(["a", None])
+    assert reproduce.compare_columns(*gaps) == "same texts"
 
 
 def test_the_report_names_tables_on_one_side_only():

@@ -243,7 +243,8 @@ def compare_tables(new, old):
 def compare_columns(here, there):
     """The largest absolute and relative difference of two columns, or how many texts differ."""
     if not (is_numeric_dtype(here) and is_numeric_dtype(there)):
-        differ = sum(a != b for a, b in zip(here.astype(str), there.astype(str)))
+        texts = (column.astype(str).fillna("") for column in (here, there))
+        differ = sum(a != b for a, b in zip(*texts))
         return f"{differ} of {len(here)} texts differ" if differ else "same texts"
     a, b = here.to_numpy(float), there.to_numpy(float)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
