@@ -70,7 +70,7 @@ def test_foreach_equals_loop(case):
 
 @every_own_case
 def test_small_tensors_together_equal_the_loop(case, monkeypatch):
-    """What nobody asks for on a CPU: here, of a case's tensors, some are small and some are not."""
+    """The default on a CPU; here some of a case's tensors count as small and some do not."""
     monkeypatch.setattr(vec, "SMALL", 4)
     sizes = [p.numel() for p in zoo.problem(holes=case.holes).params]
     assert sum(n <= 4 for n in sizes) > 1 and max(sizes) > 4
