@@ -152,7 +152,7 @@ def finite(g, alone=True, counted=True, x=None):
     here = x is not None and type(g) is Tensor and g.is_cpu
     if here and g.data_ptr() != x.data_ptr():
         row = g if g.dim() == 1 else g.view(-1) if g.is_contiguous() else None
-        if math.isfinite(g.sum() if row is None else row.dot(row)):
+        if math.isfinite((g.sum() if row is None else row.dot(row)).item()):
             return g, 0
     clean = g.nan_to_num(0.0, 0.0, 0.0)
     if not counted:

@@ -37,7 +37,10 @@ class Vec:
         return self if self.dtype == dtype else self.each(lambda t: t.to(dtype))
 
     def finite(self, x=None):
-        """See `pieces.finite`: one flat copy, whose views are returned if x is not given."""
+        """See `pieces.finite`: one flat copy, whose views are returned if x is not given.
+
+        Of a CPU's tensors, where x is given, the sum of its squares is read, as there.
+        """
         flat = torch.cat([t.flatten() for t in self.parts])
         here = x is not None and type(flat) is Tensor and flat.is_cpu
         if here and all(g.data_ptr() != p.data_ptr() for g, p in zip(self.parts, x.parts)):
@@ -188,7 +191,7 @@ def stack(rows):
 
 
 def bunched(rows):
-    """The rows of large tensors, and those of small ones as few rows of ``Vec``s."""
+    """The rows of large tensors, and those of small ones as ``Vec``s of CHUNK entries at most."""
     small = [row for row in rows if row[0].numel() <= SMALL]
     if len(small) < 2:
         return rows
