@@ -97,8 +97,10 @@ def test_sgd_options_agree_for_its_constant_normaliser():
     steps = (trace.lam**2 * (trace.g**2).sum(1)).cumsum(0)[:-1]
     length = trace.s[1:].norm(dim=1)
     assert close(trace.dhat[1:], (length**2 - steps) / length, rtol=1e-9, atol=1e-9)
-    assert (trace.d <= 2 * problem.D).all()
     assert trace.d[-1] > 2 * trace.d[0]
+    worst = {beta: textbook.dadapt_sgd(torch.sign, [1.0], 1500, beta=beta).d[-1].item()
+             for beta in (0.0, 0.9)}  # D = 1
+    assert 1 < worst[0.0] <= 2 and worst[0.9] == pytest.approx(5.787, abs=5e-4)
 
 
 def test_adam_takes_the_new_denominator():

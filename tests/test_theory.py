@@ -158,9 +158,12 @@ def test_d_stays_below_D():
     assert any(not holds(t.d, torch.full_like(t.d, problem.D / 2))
                for problem, t in dual_averaging_runs())
     for problem in lipschitz_problems():
-        start = 1.5 * problem.D
-        t = textbook.dadapt_dual_averaging(problem.grad, problem.x0, 300, d0=start, option=2)
-        assert (t.d == start).all()
+        start = dict(d0=1.5 * problem.D)
+        both = [dict(option=option, **guard) for option in (1, 2) for guard in ({}, dict(G=problem.G))]
+        beyond = [textbook.dadapt_dual_averaging(problem.grad, problem.x0, 300, **start, **given)
+                  for given in both]
+        beyond.append(textbook.dadapt_gd(problem.grad, problem.x0, 300, **start, G=problem.G))
+        assert all((t.d == start["d0"]).all() for t in beyond)
 
 
 # ------------------------------------------------------------------ 3. from the estimate to a rate

@@ -91,6 +91,10 @@ def test_prodigy_d_stays_below_D():
                 assert holds(t.dhat[1:], torch.full_like(t.dhat[1:], top))
                 largest.append((t.dhat[1:].max() / top).item())
     assert max(largest) > 0.5  # half of D_inf is no bound
+    for options in (dict(beta3=0.5, eps=1.0), dict(beta3=0.999, eps=10.0), dict(beta3=0.0)):
+        for problem in lipschitz_problems():
+            _, d = class_run(problem.grad, problem.x0, 150, **options)
+            assert holds(d, torch.full_like(d, problem.distance(torch.inf))) and d[-1] > 10 * d[0]
     line = problems.absolute_value()
     for d_coef in (0.5, 3.0):
         _, d = class_run(line.grad, line.x0, 100, d_coef=d_coef)
@@ -346,6 +350,9 @@ def test_geometric_growth():
                                                   step(u - h * i, w - h * j)[:2])]
                for i, j in ((1, 0), (0, 1))]
     values = torch.linalg.eigvals(torch.tensor(columns, dtype=torch.float64)).real.sort()[0]
+    by_hand = [[(2 * 6**0.5 - 3) / 3, (48 - 20 * 6**0.5) / 3],
+               [(2 - 6**0.5) / 48, (2 + 6**0.5) / 6]]  # column by column
+    assert torch.allclose(torch.tensor(columns), torch.tensor(by_hand), rtol=1e-5)
     root = (334 - 136 * 6**0.5)**0.5
     expected = torch.tensor([5 * 6**0.5 - 4 - root, 5 * 6**0.5 - 4 + root]).double() / 12
     assert torch.allclose(values, expected, atol=1e-6)

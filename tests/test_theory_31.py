@@ -1,6 +1,7 @@
 """The statements of theory/31_averaging.md in numbers; the rules are test_theory's."""
 import math
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -99,6 +100,19 @@ def test_averaged_regret_is_attained():
     line = problems.absolute_value()  # straight to the minimiser, for any T
     for t in methods(line, 10, 0.1)[:1]:
         assert line.gap(t.x[-1]) == pytest.approx((1 + 0.1**2 * 10) / (2 * 0.1 * 10))
+    # with noise: in the mean over all sequences, not in each
+    T, gamma, pathwise = 7, 0.4, 0
+    for box in (textbook.polyak_averaging, textbook.primal_averaging):
+        rows = []
+        for signs in product((-1.5, 1.5), repeat=T):
+            noise = iter(signs)
+            t = box(lambda x: line.grad(x) + next(noise), line.x0, T - 1, lr=gamma)
+            bound = (line.D**2 + gamma**2 * square(t.g).sum()) / (2 * gamma * T)
+            rows.append(torch.stack([line.gap(t.x[-1]), bound]))
+        gap, bound = torch.stack(rows, 1)
+        assert holds(gap.mean(), bound.mean())
+        pathwise += not holds(gap, bound)
+    assert pathwise > 0
 
 
 # ------------------------------------------------------------------ 3. the noisy quadratic
@@ -186,6 +200,8 @@ def test_tail_averages():
             factor = c * math.tanh(u / 2) / math.tanh(c * u / 2)
             assert tail(q, 10**6 // c, c) / tail(q, 10**6, 1) == pytest.approx(factor, rel=1e-3)
             assert factor <= 1 + (c * u) ** 2 / 12
+    for q, c, least in ((1.2, 2, 3.2), (1.5, 2, 10.0), (1.9, 2, 360.0)):  # neighbours cancel
+        assert tail(q, 10**6 // c, c) / tail(q, 10**6, 1) >= least * (1 - 1e-3) > c
     u = -math.log(0.99)
     assert 50 * math.tanh(u / 2) / math.tanh(50 * u / 2) > 1 + (50 * u) ** 2 / 25  # 12 is needed
 

@@ -88,15 +88,23 @@ def test_one_step_of_online_to_batch():
 
 
 def online_to_batch(parts, problem, T, beta, weights):
-    """Theorem 2 over all sequences of parts: the two sides, one entry for each sequence."""
+    """Theorem 2 over all sequences of parts: the two sides, one entry for each sequence.
+
+    Weights that are random are a function of the numbers of the parts drawn so far; both sides are
+    then multiplied by their sum.
+    """
     rows = []
-    for sequence in product(parts, repeat=T):
-        draws = iter([*sequence, sequence[0]])
-        t = textbook.schedule_free_sgd(lambda x: next(draws).grad(x), problem.x0, T, lr=0.4,
-                                       beta=beta, weights=weights)
-        w = steps_of(weights, T)
-        regret = (w * inner(t.g[:T], t.z[:T] - problem.x_star)).sum() / w.sum()
-        rows.append(torch.stack([problem.gap(t.x[T - 1]), regret]))
+    for numbers in product(range(len(parts)), repeat=T):
+        draws = iter([*numbers, numbers[0]])
+        past = isinstance(weights, dict)  # w_t by what was drawn last
+        mine = (lambda t: weights[numbers[t - 2] if t > 1 else None]) if past else weights
+        t = textbook.schedule_free_sgd(lambda x: parts[next(draws)].grad(x), problem.x0, T, lr=0.4,
+                                       beta=beta, weights=mine)
+        w = steps_of(mine, T)
+        scale = 1.0 if past else w.sum()
+        regret = (w * inner(t.g[:T], t.z[:T] - problem.x_star)).sum() / scale
+        gap = problem.gap(t.x[T - 1]) * (w.sum() if past else 1.0)
+        rows.append(torch.stack([gap, regret]))
     return torch.stack(rows, 1)
 
 
@@ -106,7 +114,7 @@ def test_online_to_batch():
     parts = [problems.least_absolute(A[i:i + 1], x_star, zero) for i in range(3)]
     pathwise = 0
     for beta in (*BETAS, lambda t: t / 4):
-        for weights in (1.0, lambda t: t):
+        for weights in (1.0, lambda t: t, {None: 1.0, 0: 5.0, 1: 0.1, 2: 1.0}):
             gap, regret = online_to_batch(parts, whole, 4, beta, weights)
             assert holds(gap.mean(), regret.mean())
             pathwise += not holds(gap, regret)  # it is a statement about the mean

@@ -106,6 +106,32 @@ def test_lower_bounds_on_D_from_z_y_x():
         assert (from_x[-1] > bound[-1]).item() == beyond
 
 
+def definition(grad, x0, steps, d0, beta=0.9, beta2=0.99):
+    """d after Definition 1 to the letter, without the limiter, in one dimension."""
+    x = y = z = x0
+    v = r = s = total = 0.0
+    d, beta3 = d0, beta2**0.5
+    for _ in range(steps):
+        g, step = grad(y), d
+        v = beta2 * v + (1 - beta2) * (d * g)**2
+        r, s = beta3 * r + d**2 * g * (x0 - z), beta3 * s + d**2 * g
+        z, total = z - step * d * g / (v**0.5 + d * 1e-8), total + step**2
+        x = (1 - step**2 / total) * x + step**2 / total * z
+        y = (1 - beta) * z + beta * x
+        d = max(d, r / abs(s))
+    return d
+
+
+def test_negative_terms_while_d_is_d0():
+    line, options = problems.absolute_value(), dict(use_stableadamw=False, d_limiter=False)
+    ends = {}
+    for d0 in (1e-6, 0.8):
+        _, _, d = walk(line.grad, line.x0, 300, d0=d0, **options)
+        ends[d0] = d[-1].item(), definition(lambda y: math.copysign(1, y), 1.0, 300, d0)
+    assert ends[1e-6] == pytest.approx(ends[1e-6][::-1], rel=1e-9)  # left at once: the same
+    assert ends[0.8] == pytest.approx((1.1566, 0.8), abs=5e-5)
+
+
 # ------------------------------------------------------------------ 3. how fast d grows
 def growth_law(fed, clip, beta=0.9, beta2=0.99):
     """The root q of Proposition 3's equation."""

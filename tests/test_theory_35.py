@@ -56,7 +56,7 @@ def test_program_is_attained():
             asked.append((x, g))
             x = x - lr * g
         kept["points"], kept["gradients"] = zip(*asked, strict=True)
-        kept["output"] = x
+        kept["output"], kept["function"] = x, gradient.__self__
         return x
 
     value = worst_cases.worst_case(method)
@@ -65,6 +65,15 @@ def test_program_is_attained():
     assert torch.allclose(x[1:], x[:1] - (torch.tensor([[0.5], [0.4], [0.3]]) * g).cumsum(0))
     assert g.norm(dim=1).max() <= 1 + 1e-5 and x[0].norm() <= 1 + 1e-5
     assert x.shape[1] >= 5 and value == pytest.approx(subgradient(4, lr=[0.5, 0.4, 0.3, 0.0]))
+    # all that is known of the function: at the points, at the output and at x_star, where g is 0
+    known = [[torch.as_tensor(e.eval()) for e in row] for row in kept["function"].list_of_points]
+    where, slopes, f = (torch.stack(column) for column in zip(*known, strict=True))
+    assert len(f) == 5 and interpolation(f, slopes, where) > -1e-5
+    assert slopes.norm(dim=1).max() <= 1 + 1e-5
+    star = slopes.norm(dim=1).argmin()
+    assert slopes[star].norm() < 1e-6 and (x[0] - where[star]).norm() <= 1 + 1e-5
+    lines = f + (slopes * (x[-1] - where)).sum(1)  # the maximum of the supporting lines
+    assert lines.max() - f[star] == pytest.approx(value, abs=1e-5)
     for problem in (problems.absolute_value(), problems.hardest(4, 0.4), problems.huber()):
         p = problem.x0
         for lr in (0.5, 0.4, 0.3):
