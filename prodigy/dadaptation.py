@@ -12,8 +12,8 @@ import functools
 import torch
 
 from .classical import wide_zeros
-from .optimizer import Family, given, live, rate
-from .pieces import add_scaled_, ema_, inner, larger, one_norm, ratio, root
+from .optimizer import Family, given, live, once, rate
+from .pieces import add_scaled_, ema_, inner, larger, one_norm, ratio, root, where
 from .shards import part_of
 
 
@@ -23,10 +23,12 @@ class Estimator(Family):
     Groups that share d may have any learning rates: with rho_g = lr_g / max lr the change of
     variables u = x / rho_g (u = x / sqrt(rho_g) for SGD) turns them into one problem of one rate,
     so their sums add up after a factor of rho_g that each ``observe`` puts where it belongs.
-    A group with lr = 0, or without gradients in this step, is left out of both sums. What is
-    shared starts from one d0.
+    A group with lr = 0, or without gradients in this step, is left out of both sums; a tensor
+    without one in a group that has some counts with a gradient of zero, and d <= D holds on. What
+    is shared starts from one d0.
     """
 
+    remembers = True
     sums = ()  # names of the sums that a group carries from step to step
     shared = ("d", "d_hat")  # what a group added later takes over
 
@@ -71,6 +73,7 @@ class Estimator(Family):
         """lr_g / max lr."""
         return ratio(rate(group), self._largest_rate(group))
 
+    @once
     def _largest_rate(self, group):
         """max lr over the groups that share this group's d (an empty group has no say)."""
         if group["split_groups"]:
@@ -80,7 +83,7 @@ class Estimator(Family):
     def adapt(self, groups, totals):
         totals = dict(zip(map(id, groups), totals))
         for circle, everyone in self._circles(groups):
-            home = circle[0]["d"]
+            home, some = circle[0]["d"], functools.reduce(larger, [live(self, g) for g in circle])
             shares = [(live(self, g), self.add_up(g, totals[id(g)])) for g in circle]
             parts = [[a.to(home) * alive for a in share] for alive, share in shares]
             top, bottom = (functools.reduce(torch.add, part) for part in zip(*parts))
@@ -91,8 +94,8 @@ class Estimator(Family):
                 key = (id(g["d"]), id(g.get("d_max")), *self._growth(g))
                 if key not in known:
                     known[key] = self.grow(g, estimate, valid)
-                for name, value in known[key].items():
-                    self._set(g, name, value)
+                for name, value in known[key].items():  # all stands still while no lr is live
+                    self._set(g, name, where(some != 0, value.to(g[name]), g[name]))
 
     def _growth(self, group):
         return tuple(group.get(name) for name in ("d0", "d_coef", "growth_rate"))

@@ -51,6 +51,8 @@ class ScheduleFreeCallback(*_callback_classes()):
     def on_train_batch_end(self, *_):
         self.training = False
 
+    on_train_epoch_end = on_train_batch_end  # a batch that was called off has no end of its own
+
     def on_train_end(self, trainer, *_):
         self.training = False
         if self.hook is not None:

@@ -11,6 +11,8 @@ A method fills in what its paper's box says and nothing else:
     adapt(groups, totals)    the new d from the sums: torch.where only, never a host read
     look(x, g, s, h), prepare(groups, totals)   where the step needs this gradient's own size
 
+Where a method's sums run over more than one step (``remembers``), a tensor that has no gradient
+in this one is observed with a gradient of zero, and stays where it is: no sum forgets it.
 ``x, g`` are one tensor or a ``Vec`` of all tensors of a group, in float32 or wider; ``s`` maps
 buffer names to the same; ``h`` holds the group's arguments by name (``h.eps``, ``h.beta1``) and
 the scalars (floats, or 0-d tensors on the device). ``g`` is the gradient without entries that are
@@ -23,6 +25,7 @@ import inspect
 import logging
 import operator
 import warnings
+from numbers import Integral, Real
 from types import SimpleNamespace
 
 import torch
@@ -93,6 +96,10 @@ OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100
            "guard_filter_fn": lambda guards: [
                not g.name or "TENSOR" in g.guard_type or g.guard_type == "DUPLICATE_INPUT"
                for g in guards]}
+# Numbers that groups of some methods carry, by which a checkpoint tells whose it is: of the first
+# five those of a reference package too.
+BOOKS = ("d", "weight_sum", "rbar", "size", "e_weight",
+         "d_numerator", "numerator_weighted", "sksq_weighted", "g0_norm", "keep")
 NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -127,7 +134,7 @@ def check(name, value, ranges={}, read=True):
         if not read or value.device.type != "cpu":
             return
         value = value.item()
-    kinds, kind = (int, "an integer") if name in INTEGERS else ((int, float), "a number")
+    kinds, kind = (Integral, "an integer") if name in INTEGERS else (Real, "a number")
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind += " or a 0-d tensor" * (name == "lr")
         raise TypeError(f"{name} must be {kind} in {interval}, got {value!r}")
@@ -139,10 +146,38 @@ def check(name, value, ranges={}, read=True):
         raise ValueError(f"{name} must lie in {interval}, got {value!r}")
 
 
+def once(method):
+    """A method ``f(self, group)`` of what all groups share, asked once for all of their scalars."""
+
+    @functools.wraps(method)
+    def run(self, group):
+        shared = None if group["split_groups"] else self.__dict__.get("_shared")
+        if shared is None:
+            return method(self, group)
+        key = method.__name__, group["d"].device, group["d"].dtype
+        if key not in shared:
+            shared[key] = method(self, group)
+        return shared[key]
+
+    return run
+
+
+def eagerly(step):
+    """A step that a torch.compile around it leaves alone: it compiles itself, if asked to."""
+
+    @functools.wraps(step)
+    def run(*arguments, **named):
+        if not hasattr(step, "alone"):  # not at import: it loads all of Dynamo
+            step.alone = torch.compiler.disable(step)
+        return step.alone(*arguments, **named)
+
+    return run
+
+
 class Family(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step calls a method's ``observe`` and ``advance``.
 
-    Keyword arguments that every method takes beside its own:
+    Keyword arguments that every method but the wrappers takes beside its own:
 
     foreach (bool or None): all tensors of a group in one ``torch._foreach`` call per line (None:
         on CUDA, as in torch.optim, and on a CPU those with few entries).
@@ -171,9 +206,11 @@ class Family(torch.optim.Optimizer):
     decoupled = False  # where no argument says it: weight decay apart from the gradient
     freezes = True  # a group with lr = 0 takes no part in the step at all
     sums = ()  # names of sums over all entries that a group carries from step to step
+    remembers = False  # sums of earlier steps count: also those of tensors without a gradient now
     by_entry = True  # bodies treat all entries alike, apart from sums: a tensor may come in parts
     estimates = ()  # names of the group's 0-d tensors that adapt() moves
     rounded = ()  # names of buffers that may be kept in the parameter's own low precision
+    optional = ()  # names of buffers that a checkpoint may lack, or have without use
     stored = ("p0", "x0")  # names of buffers that keep the dtype they were saved in
     sampled, stride = (), 1  # names of buffers of every stride-th entry (or slice_p-th)
     counters = ("k",)  # names of its numbers that are 0-d tensors too when capturable
@@ -186,6 +223,7 @@ class Family(torch.optim.Optimizer):
             raise ValueError("differentiable=True is not supported: the step writes in place")
         if fused:
             raise ValueError("fused=True is not supported: pass compile=True for one fused pass")
+        defaults = {name: plain(value) for name, value in defaults.items()}
         super().__init__(params, {**MODES, "differentiable": False, **defaults})
 
     @staticmethod
@@ -232,6 +270,7 @@ class Family(torch.optim.Optimizer):
             for name, value in group.items():
                 if name in RANGES or name in FLAGS or name == "betas":
                     check(name, value, self.ranges, read=not group["capturable"])
+                    group[name] = plain(value)
             for p in group["params"]:
                 if p.is_complex():
                     raise TypeError("complex parameters are not supported: use torch.view_as_real")
@@ -292,6 +331,7 @@ class Family(torch.optim.Optimizer):
         self._set(group, name, where(live(self, group) != 0, value, group[name]))
 
     # the step ---------------------------------------------------------------------------------
+    @eagerly
     def step(self, closure=None):
         """One step; ``closure``, if given, re-evaluates the model and its loss is returned.
 
@@ -324,6 +364,7 @@ class Family(torch.optim.Optimizer):
         self.adapt(groups, totals)
         self._report(groups)
 
+    @eagerly
     @torch.no_grad()
     def step_param(self, p, group):
         """The step of one parameter, as soon as its gradient is there (fused backward).
@@ -372,21 +413,35 @@ class Family(torch.optim.Optimizer):
             if params:
                 self._place(group)
             frozen, buffers = self.freezes and known_zero(rate(group)), self.buffers(group)
-            for p in params:
+            idle = () if frozen or only else self._idle(group, params)
+            for number, p in enumerate((*params, *idle)):
                 s = self._ready(group, p, buffers)
                 if frozen:  # its tensors exist for torch.distributed.checkpoint to fill
                     continue
                 t, clock = self._tick(group, s, p)
                 part = part_of(p)
-                key = (id(group), p.device, p.dtype, clock, frozenset(s), part and part.ranks)
+                key = (id(group), p.device, p.dtype, clock, frozenset(s), part and part.ranks,
+                       number >= len(params))
                 batch = batches.get(key)
                 if batch is None:
                     batch = batches[key] = SimpleNamespace(
-                        group=group, t=t, clock=clock, params=[], states=[], parts=[], h={})
+                        group=group, t=t, clock=clock, params=[], states=[], parts=[], h={},
+                        idle=key[-1])
                 batch.params.append(p)
                 batch.states.append(s)
                 batch.parts.append(part)
         return list(batches.values())
+
+    def _idle(self, group, params):
+        """What has moved before and has no gradient, while others of its group have (or had)."""
+        taken = self.__dict__.get("_taken", ())
+        if not self.remembers or len(params) == len(group["params"]):
+            return ()
+        if not params and not any(p in taken for p in group["params"]):
+            return ()
+        found = set(map(id, params))
+        return [p for p in group["params"]
+                if id(p) not in found and p not in taken and self.state.get(p)]
 
     def _ready(self, group, p, buffers):
         """The state of one parameter, with every buffer the method asks for."""
@@ -415,12 +470,15 @@ class Family(torch.optim.Optimizer):
         return int(s["step"]), int(s["step"])
 
     def _set_scalars(self, batches):
-        known = {}
-        for b in batches:
-            key = (id(b.group), b.clock)
-            if key not in known:
-                known[key] = self.scalars(b.group, b.t)
-            b.h = known[key]
+        known, self._shared = {}, {}
+        try:
+            for b in batches:
+                key = (id(b.group), b.clock)
+                if key not in known:
+                    known[key] = self.scalars(b.group, b.t)
+                b.h = known[key]
+        finally:
+            del self._shared
 
     def _knobs(self, group):
         """The group's arguments as bodies read them: h.lr, h.eps, h.beta1, h.nesterov, ...
@@ -455,6 +513,7 @@ class Family(torch.optim.Optimizer):
         group, device = b.group, b.params[0].device
         h = {**self._knobs(group), **b.h, "live": live(self, group), "noise": None}
         h["alone"] = not self.sums or group.get("slice_p", 1) > 1  # see pieces.finite
+        h["idle"], h["l2"] = b.idle, h["l2"] and not b.idle
         if self._rounds_at_random(group, b.params[0]) and isinstance(group["k"], int):
             place = [id(g) for g in self.param_groups].index(id(group))
             first = [id(p) for p in group["params"]].index(id(b.params[0]))
@@ -463,7 +522,8 @@ class Family(torch.optim.Optimizer):
                 h["noise"] = torch.Generator(device).manual_seed(seed % 2**63)
         keys = [key for key in (*self.buffers(group), "residual") if key in b.states[0]]
         rows = [row_of(p, s, keys, part) for p, s, part in zip(b.params, b.states, b.parts)]
-        h = {key: a.to(device) if isinstance(a, Tensor) else a for key, a in h.items()}
+        dtype = working_dtype(b.params[0].dtype)
+        h = {key: a.to(device, dtype) if isinstance(a, Tensor) else a for key, a in h.items()}
         run = getattr(self, name)
         if group["compile"] and not self.__dict__.get("_no_compiler"):
             return self._compiled(rows, run, h)
@@ -544,7 +604,8 @@ class Family(torch.optim.Optimizer):
         kept = [x, *(s[key] for key in s if key != "residual")] if may_stand else ()
         before = [t.clone() for t in kept]
         sums = [*self.observe(x, g, s, h), bad]
-        self.advance(x, g, s, h)
+        if not h.idle:
+            self.advance(x, g, s, h)
         if may_stand:
             sums = [a * h.live for a in sums]
             for t, old in zip(kept, before):
@@ -583,7 +644,8 @@ class Family(torch.optim.Optimizer):
         every = groups[0].get("log_every", 0)
         if every and groups[0]["k"] % every == 0:
             rates = [self.effective_lr(i) for i in range(len(self.param_groups))]
-            log.info("k=%d effective_lr=%s", groups[0]["k"], rates)
+            ds = [float(group["d"]) for group in self.param_groups if "d" in group]
+            log.info("k=%d effective_lr=%s d=%s", groups[0]["k"], rates, ds)
 
     # checkpoints ------------------------------------------------------------------------------
     def state_dict(self):
@@ -612,17 +674,18 @@ class Family(torch.optim.Optimizer):
         Loads what the reference package of the same class saved: keys that are missing get this
         optimizer's own values, keys that differ are converted (logged at INFO).
         """
-        foreign = any("nonfinite" not in group for group in state_dict["param_groups"])
-        if foreign:
-            state_dict = self.convert(copied(state_dict))
-            log.info("%s: converted a checkpoint of the reference package", type(self).__name__)
-        hooked = []  # what it is once the user's own hooks have run
-        last = self.register_load_state_dict_pre_hook(lambda _, final: hooked.append(final))
+        read = []
+
+        def last(_, given):  # once the user's own hooks have run
+            read.append(self._read(given))
+            return read[0]
+
+        handle = self.register_load_state_dict_pre_hook(last)
         try:
             super().load_state_dict(state_dict)
         finally:
-            last.remove()
-        state_dict = hooked[0]
+            handle.remove()
+        state_dict = read[0]
         for i, p, stride in self._strides(state_dict):
             if i in state_dict["state"]:
                 saved = state_dict["state"][i]
@@ -631,6 +694,33 @@ class Family(torch.optim.Optimizer):
                 stale = self.state[p].get("residual")
                 if stale is not None and stale.dtype != residual(p.new_empty(0)).dtype:
                     del self.state[p]["residual"]
+
+    def _read(self, state_dict):
+        """A checkpoint in this class's own form; ValueError for that of another method."""
+        foreign = any("nonfinite" not in group for group in state_dict["param_groups"])
+        for theirs, mine in zip(state_dict["param_groups"], self.param_groups):
+            self._agree([name for name in BOOKS[:5] if name in mine], theirs)
+            self._agree([name for name in BOOKS if name in theirs], mine, "has")
+        if foreign:
+            state_dict = self.convert(copied(state_dict))
+            log.info("%s: converted a checkpoint of the reference package", type(self).__name__)
+        for theirs, mine in zip(state_dict["param_groups"], self.param_groups):
+            buffers = self.buffers({**mine, **theirs, "params": mine["params"]})
+            for i, p in zip(theirs["params"], mine["params"]):
+                if saved := state_dict["state"].get(i):
+                    known = {"step", "residual", *self.optional, *buffers}
+                    self._agree([name for name in saved if name not in known], known, "has")
+                    self._agree([name for name in set(buffers) - set(self.optional) - set(saved)
+                                 if buffers[name](p) is not None], saved)
+        return state_dict
+
+    def _agree(self, names, there, verb="lacks"):
+        """Refuse a checkpoint where one of the names is not there."""
+        for name in names:
+            if name not in there:
+                raise ValueError(f"not a checkpoint of {type(self).__name__} or its reference "
+                                 f"package: it {verb} {name}. Start anew from the weights, "
+                                 "without the other optimizer's state")
 
     def _strides(self, state_dict):
         """(index in the checkpoint, parameter, every how many entries are sampled)."""
@@ -664,6 +754,14 @@ class Family(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             self._fill(group)
+
+
+def plain(value):
+    """A number of Python's in the place of numpy's, which torch.load(weights_only=True) refuses."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(plain, value))
+    foreign = isinstance(value, Real) and type(value) not in (int, float, bool)
+    return value.item() if foreign and hasattr(value, "item") else value
 
 
 def given(names):
@@ -710,7 +808,7 @@ class Scalars:
 def rate(group):
     """The group's lr: a float, or the 0-d tensor itself where only the device knows it."""
     lr = group["lr"]
-    host = isinstance(lr, Tensor) and lr.device.type == "cpu" and not group["capturable"]
+    host = isinstance(lr, Tensor) and lr.device.type == "cpu" and not group.get("capturable")
     return lr.item() if host else lr
 
 

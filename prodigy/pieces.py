@@ -52,6 +52,8 @@ def rectify(beta2, t):
     factor  = sqrt((rho_t - 4)(rho_t - 2) rho_inf / ((rho_inf - 4)(rho_inf - 2) rho_t)).
     """
     rho_inf = 2 / (1 - beta2) - 1
+    if rho_inf <= 4:  # beta2 <= 0.6: rho_t < rho_inf stays below
+        return 1.0, t < 0
     rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
     applies = rho > 4
     safe = where(applies, rho, 5.0)
@@ -312,7 +314,7 @@ def orthogonalised(g, part=None, steps=6):
     if part:
         return part.cut(orthogonalised(part.wrap(g).full_tensor(), None, steps))
     a, b, c = 3.4445, -4.7750, 2.0315
-    G = g.reshape(len(g), -1)
+    G = g.flatten(1)
     tall = len(G) > G.shape[1]
     X = G.mT if tall else G
     X = X / X.norm().add(1e-7)
@@ -401,7 +403,7 @@ def unfactored_root(row, col, like, part=None):
     shape = part.shape if part else torch.broadcast_shapes(row.shape, col.shape)
     dc, _ = factored_axes(shape)
     row, col = row.to(like.dtype), col.to(like.dtype)
-    row = row / mean_along(row, dc, part).clamp_min(1e-30)
+    row = row / mean_along(row, dc, part).clamp_min(torch.finfo(like.dtype).tiny)
     factors = placed(row.sqrt()), placed(col.sqrt())
     if part is None and like.shape != shape:
         factors = [repeated(f, like.shape[-1]) for f in factors]

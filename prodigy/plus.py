@@ -6,18 +6,19 @@ one function of :mod:`prodigy.pieces` for each option.
 
 import functools
 import math
+import operator
 import warnings
 
 import torch
 
 from .classical import wide_zeros
 from .dadaptation import Estimator
-from .optimizer import Family, given, rate
+from .optimizer import Family, given, known_zero, live, rate
 from .pieces import add_scaled_, atan2, by_tensor, cautious, ema_, every, factor_, factored_axes
 from .pieces import focus, grams, inner, length, mean, one_norm, orthogonal, orthogonalised, ratio
 from .pieces import rectify, rms_clip_, smaller, toward_, unfactored_root, where, working_dtype
 from .prodigy import beta3
-from .schedulefree import ScheduleFree
+from .schedulefree import ScheduleFree, check_rectified, wide_clone
 from .shards import local, part_of, total
 
 SLICE = 11  # d is estimated from every 11th entry
@@ -58,7 +59,10 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     count only after d has left d0.
     Departures from 2.0.1: p0 and s are float32 beside float32 weights (there bfloat16); the
     factored second moment of tall matrices is the whole product (there the row factor cancels);
-    ``use_cautious`` without Schedule-Free masks the average (there the step goes uphill);
+    ``use_focus`` averages the weights, bias corrected (there d_k^2 times them, so that all is
+    drawn to 0); with ``use_adopt`` an entry's first gradient only fills its second moment, also
+    where it comes later (there it moves by g/eps); ``split_groups_mean`` leaves out groups that
+    do not move; ``use_cautious`` without Schedule-Free masks the average (there the step goes uphill);
     orthograd of one entry is 0 (there amplified rounding); ``use_adopt`` without Schedule-Free
     averages d g over its denominator (there g over it, times d: a step of d^2, and d stays at
     d0); groups that share d may have any lr ratios; float64 stays float64; nothing is printed.
@@ -79,14 +83,16 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         schedulefree_c (float): C of the refined average (2507.09846); 0 = off.
         eps (float or None): in units of g; (0, inf); None = Adam-atan2 (2407.05872).
         split_groups (bool): one d for each parameter group.
-        split_groups_mean (bool): their harmonic mean is the step size of all.
+        split_groups_mean (bool): their harmonic mean is the step size of all; groups with lr = 0
+            or without a gradient so far have no part in it.
         factored (bool): second moments of matrices as two vectors (Adafactor, 1804.04235).
         factored_fp32 (bool): False keeps them in the parameter's dtype.
         use_bias_correction (bool): RAdam's rectified warm-up (1908.03265), Adam's corrected beta2.
         use_stableadamw (bool): clip the update's root mean square, softly.
         use_schedulefree (bool): False is Prodigy with a first moment.
-        use_speed (bool): SPEED in the place of dhat: d grows by 2^(1/4) at most whenever the
-            running average of <g, x0 - z>/||x0 - z||_1, over (1 + ||x0 - z||)^2, sets a record.
+        use_speed (bool): SPEED in the place of dhat: d grows, by 2^(1/4) d_coef^(1/8) at most,
+            whenever r sets a record, in which <g, x0 - z> is a running average over the largest
+            ||x0 - z||_1 so far and the largest (1 + ||x0 - z||)^2.
         stochastic_rounding (bool): bfloat16 weights (and z) are rounded at random, E[p] = x, with
             noise seeded by the step, and x0 - z is summed up from the moves before rounding, so
             that the noise does not reach d; False keeps 16 more bits (see pieces.residual).
@@ -112,6 +118,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     sampled, stride = ("s", "p0", "away"), SLICE
     shared = ("d", "d_hat", "prev_d_numerator", "max_d_numerator", "shared_d")
     rounded = ("z",)
+    optional = (*sampled, *SPEED)  # freed after prodigy_steps, and one of p0 and away is enough
     by_entry = False  # clips and factors are taken tensor by tensor
     stored = (*ScheduleFree.stored, "z", "away", "exp_avg_sq_row", "exp_avg_sq_col")
 
@@ -124,11 +131,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
                  use_grams=False, use_adopt=False, use_orthograd=False, use_focus=False, *,
                  use_muon_pp=False, beta4=0.0, closure_form=False, **modes):
         options = given(locals())
-        for first, second, off in EXCLUSIONS:
-            chosen = eps is None if first == "eps is None" else options[first]
-            if chosen is True and options[second] is True:
-                warnings.warn(f"{first} excludes {second}: {off} is off", stacklevel=2)
-                options[off] = False
+        settle(options, stacklevel=3)
         if d_limiter is True and isinstance(d_coef, float) and 0 < d_coef * GROWTH <= 1:
             warnings.warn("d_limiter with d_coef <= 2^(-1/4) keeps d at d0: pass d_limiter=False",
                           stacklevel=2)
@@ -149,6 +152,9 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     def validate(self, group):
         Estimator.validate(self, group)
+        settle(group, stacklevel=4)
+        if group["use_bias_correction"]:
+            check_rectified(group)
         if group["use_schedulefree"]:
             ScheduleFree.validate(self, group)
         if group["capturable"] and (group["use_adopt"] or group["prodigy_steps"]):
@@ -162,7 +168,11 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     # the size ---------------------------------------------------------------------------------
     def _adapts(self, group, t):
-        return not group["prodigy_steps"] or t < group["prodigy_steps"]
+        if not group["prodigy_steps"]:
+            return True
+        if not group["split_groups"]:  # one d: it stays for all from the first group's end on
+            t += max(g["k"] for g in self.param_groups) - group["k"]
+        return t < group["prodigy_steps"]
 
     def _size(self, group):
         mean = group["split_groups"] and group["split_groups_mean"]
@@ -188,7 +198,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
 
     def scalars(self, group, t):
         d, beta2 = group["d"], group["betas"][1]
-        if group["use_bias_correction"]:
+        if group["use_bias_correction"] or group["use_focus"]:
             beta2 = 1 - (1 - beta2) / (1 - beta2**t)
         first = group["use_adopt"] and t == 1
         decay, lr = group["weight_decay"], self.pace(group, t)[0]
@@ -218,8 +228,9 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
                 return part.wrap(zeros, flat) if part else zeros
             return make
 
+        fresh = wide_clone if group["use_focus"] else wide_zeros
         names = {"rms_sq": lambda p: scalar_like(p, 0.0) if muon(p) else None,
-                 "exp_avg_sq": lambda p: None if muon(p) or second(p) else wide_zeros(p),
+                 "exp_avg_sq": lambda p: None if muon(p) or second(p) else fresh(p),
                  "exp_avg_sq_row": line(1), "exp_avg_sq_col": line(0)}
         if group["use_schedulefree"]:
             exact = not group["stochastic_rounding"]
@@ -273,7 +284,9 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             return
         b = before if h.use_adopt else self.denominator(s, point, h)
         if "z" in s:
+            known = seen(b) if h.use_adopt and not h.use_focus else None
             u = self.divide(dg, b, point, h)
+            u = u if known is None else u.mul_(known)
         else:
             u = self.averaged_update(g, dg, b, point, s, h)
         del b  # the lines below need its memory
@@ -293,7 +306,7 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         if "rms_sq" in s:
             ema_(s["rms_sq"], mean(gg, h.part), h.beta2)
         elif h.use_focus:
-            ema_(s["exp_avg_sq"], point * h.d**2, h.beta2)
+            ema_(s["exp_avg_sq"], point, h.beta2)
         elif "exp_avg_sq_row" in s:
             factor_(s["exp_avg_sq_row"], s["exp_avg_sq_col"], gg, h.beta2, h.part)
         else:
@@ -355,10 +368,13 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
                 sums[0] = torch.where(counts, sums[0], 0.0)
         Estimator.adapt(self, groups, totals)
         if groups[0]["split_groups"] and groups[0]["split_groups_mean"]:
-            ds = [g["d"] for g in self.param_groups if g["params"]]
-            mean = len(ds) / functools.reduce(torch.add, [1 / d.to(ds[0]) for d in ds])
+            home = groups[0]["d"]
+            taking = [(where(g["k"] > 0, live(self, g), 0), g["d"].to(home))
+                      for g in self.param_groups if g["params"] and not known_zero(rate(g))]
+            count = functools.reduce(operator.add, [a for a, _ in taking])
+            mean = count / functools.reduce(torch.add, [a / d for a, d in taking])
             for g in self.param_groups:
-                self._set(g, "shared_d", mean)
+                self._keep(g, "shared_d", mean)
 
     def add_up(self, group, sums):
         self._keep(group, "d_numerator", beta3(group) * group["d_numerator"] + sums[0])
@@ -443,6 +459,21 @@ def once(a, part):
 @by_tensor
 def clamp(u, size):
     return u.clamp(-size, size)
+
+
+@by_tensor
+def seen(b):
+    """1 where a denominator is not 0, else 0: there is nothing yet to divide a gradient by."""
+    return b.ne(0).to(b.dtype)
+
+
+def settle(options, stacklevel):
+    """Turn off, with a warning, what another option of the same group excludes."""
+    for first, second, off in EXCLUSIONS:
+        chosen = options["eps"] is None if first == "eps is None" else options[first]
+        if chosen is True and options[second] is True:
+            warnings.warn(f"{first} excludes {second}: {off} is off", stacklevel=stacklevel)
+            options[off] = False
 
 
 # ProdigyPlusScheduleFree(params, **EARLIER): what 1.8.51 had by default and 2.0 has not. Its dhat

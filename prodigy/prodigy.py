@@ -12,7 +12,7 @@ import torch
 
 from .classical import wide_zeros
 from .dadaptation import Estimator, bias_correction
-from .optimizer import given, rate
+from .optimizer import given, once, rate
 from .pieces import add_scaled_, ema_, every, inner, larger, one_norm, ratio, sub_ratio_
 
 
@@ -75,13 +75,15 @@ class Prodigy(Estimator):
 
     @property
     def estimates(self):
-        return (*super().estimates, "d_max", "d_denom", "stall", "peak")
+        return (*super().estimates, "d_max", "d_denom", "stall", "peak", "clock")
 
     def begin(self, group):
-        # stall: steps since d last grew; peak: the step at which it had stalled, -1 before
-        return dict(super().begin(group), d_max=group["d0"], d_denom=0.0, stall=0.0, peak=-1.0)
+        # stall: steps since d last grew; peak: the step at which it had stalled, -1 before; clock:
+        # steps of all groups that share d, whoever took part
+        return dict(super().begin(group), d_max=group["d0"], d_denom=0.0, stall=0.0, peak=-1.0,
+                    clock=group.get("k", 0))
 
-    shared = ("d", "d_hat", "d_max", "stall", "peak")
+    shared = ("d", "d_hat", "d_max", "stall", "peak", "clock")
 
     def buffers(self, group):
         p = group["slice_p"]
@@ -104,7 +106,7 @@ class Prodigy(Estimator):
             return 1.0
         peak, end = group["peak"], group["total_training_steps"]
         length = 1000.0 if end is None else (end - peak).clamp_min(1.0)
-        done = ((self._clock() - peak) / length).clamp(0.0, 1.0)
+        done = ((group["clock"] - peak) / length).clamp(0.0, 1.0)
         return torch.where(peak < 0, 1.0, 0.5 * (1 + torch.cos(math.pi * done)))
 
     def observe(self, x, g, s, h):
@@ -138,26 +140,24 @@ class Prodigy(Estimator):
         at_start = d <= group["d0"] * (1 + 1e-6)  # d0, or d0 in another group's precision
         start = torch.where(at_start, torch.maximum(d, d_hat), d)
         d_max = torch.maximum(group["d_max"], d_hat)
-        new = dict(d=torch.minimum(d_max, start * rate_), d_max=d_max, d_hat=d_hat)
+        new = dict(d=torch.minimum(d_max, start * rate_), d_max=d_max, d_hat=d_hat,
+                   clock=group["clock"] + 1)
         if group["cosine_decay"]:
             idle = (new["d"] <= d) & ~at_start
             new["stall"] = torch.where(idle, group["stall"] + valid, 0.0)
             reached = (group["peak"] < 0) & (new["stall"] >= group["peak_patience"])
-            new["peak"] = torch.where(reached, self._clock(), group["peak"])
+            new["peak"] = torch.where(reached, new["clock"], group["peak"])
         return new
 
     def _growth(self, group):
         return super()._growth(group) + (group["cosine_decay"], group["peak_patience"])
-
-    def _clock(self):
-        """Steps taken by the group that has taken most."""
-        return functools.reduce(larger, [g["k"] for g in self.param_groups])
 
     def _common(self, group):
         """d / d0 of the groups that share d: keeps r and s in floating-point range."""
         first = group if group["split_groups"] else self.param_groups[0]
         return self._largest_d(group) / first["d0"]
 
+    @once
     def _largest_d(self, group):
         """The d that groups with one estimate share; the largest where d_coef made them differ."""
         if group["split_groups"]:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .classical import wide_zeros
 from .dadaptation import Estimator
-from .optimizer import Family, check, given, known_zero, live, rate
+from .optimizer import Family, check, eagerly, given, known_zero, live, rate
 from .pieces import add_scaled_, ema_, inner, join, larger, length, one_norm, put_, ratio, root
 from .pieces import smaller, where, working_dtype
 from .schedulefree import ScheduleFree
 from .shards import average, everywhere, local, part_of
-from .wrapper import Wrapper
+from .wrapper import Wrapper, check_base
 
 
 def polynomial_average(gamma=8.0):
@@ -226,18 +226,20 @@ class Mechanic(Wrapper):
     for all groups. An ``Optimizer`` whose ``param_groups`` are the base's dictionaries: schedulers
     set the base's lr, best 1 at its peak. Delta is always kept (mechanic-pytorch 0.0.1 divides by
     S otherwise). Departures from that package: the decay takes :math:`x_t` as the box does, not
-    :math:`x_t + u_t`; betas are not rounded to float32; tensors keep to the base's groups.
+    :math:`x_t + u_t`; betas are as precise as the step (there float32 beside float64 weights);
+    tensors keep to the base's groups.
 
     Args:
-        base (torch.optim.Optimizer): over the parameters; beside bfloat16 weights best one of this
-            package, whose updates are not rounded.
+        base (torch.optim.Optimizer): any whose step needs no closure; beside bfloat16 weights best
+            one of this package, whose updates are not rounded.
         s_decay (float): :math:`\lambda`; [0, inf).
         betas (sequence of floats): each in [0, 1].
         s_init (float): in units of 1/lr; (0, inf).
         eps (float): in units of h; (0, inf).
 
     Raises:
-        TypeError: if base is not a torch.optim.Optimizer, is schedule-free or a Mechanic.
+        TypeError: if base is not a torch.optim.Optimizer, is schedule-free or a Mechanic, or
+            cannot step without a closure (LBFGS).
     """
 
     key = "mechanic"
@@ -249,6 +251,7 @@ class Mechanic(Wrapper):
         refused = isinstance(base, (ScheduleFree, Mechanic))
         if refused or not isinstance(base, torch.optim.Optimizer):
             raise TypeError("base must be an Optimizer, neither schedule-free nor a Mechanic")
+        check_base(base)
         entries = dict(s_decay=s_decay, s_init=s_init, eps=eps)
         for name, value in entries.items():
             check(name, value, {"eps": "(0, inf)"})
@@ -332,9 +335,11 @@ class PolyakStep(ScheduleFree):
     """Schedule-Free whose size is f's linear model at z over the gradient's squared size.
 
     All groups share the step, gamma_g = lr_g size; their rates enter the size's denominator, so
-    that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``. On several
-    processes f is the mean of their losses: it is taken here over the mesh of DTensors (FSDP2),
-    while under DDP the closure must return it.
+    that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``. The loss is
+    that of the gradient: where gradients of several batches are added up, the closure returns the
+    same sum of their losses (Lightning's returns the last one). On several processes f is the mean
+    of their losses: it is taken here over the mesh of DTensors (FSDP2), while under DDP the closure
+    must return it.
     """
 
     estimates = ("size", "weight_sum", "lr_max", "scheduled_lr")
@@ -342,11 +347,16 @@ class PolyakStep(ScheduleFree):
     def begin(self, group):
         return dict(super().begin(group), size=0.0)
 
+    one = ("f_star", "maximize")  # arguments that all groups must have in common
+
     def validate(self, group):
         super().validate(group)
-        if group["f_star"] != self.param_groups[0]["f_star"]:
-            raise ValueError("f_star must be the same for all parameter groups: there is one loss")
+        for name in self.one:
+            if group[name] != self.param_groups[0][name]:
+                raise ValueError(f"{name} must be the same for all parameter groups: "
+                                 "there is one loss, and one step size from it")
 
+    @eagerly
     def step(self, closure=None):
         """One step; ``closure`` re-evaluates the model, calls backward and returns the loss."""
         if closure is None:
@@ -369,7 +379,8 @@ class PolyakStep(ScheduleFree):
         home = groups[0]["size"]
         params = [p for group in self.param_groups for p in group["params"]]
         loss = average(local(self._loss).to(home, copy=True), params)
-        model, square = (-loss if groups[0]["maximize"] else loss) - groups[0]["f_star"], 0.0
+        f_star, square = groups[0]["f_star"], 0.0
+        model = f_star - loss if groups[0]["maximize"] else loss - f_star
         for group, (descent, squares) in zip(groups, totals):
             model = model + descent.to(home)
             square = square + squares.to(home) * ratio(rate(group), top)
@@ -401,7 +412,8 @@ class ScheduleFreePolyak(PolyakStep):
         params: tensors, named tensors or parameter groups.
         lr (float or 0-d tensor): dimensionless factor on gamma; [0, inf).
         momentum (float): :math:`\beta`, [0, 1]; 0 needs store_x.
-        f_star (float): f_*, in units of the loss; one for all groups.
+        f_star (float): f_*, in units of the loss, a bound from below (from above, to maximize);
+            one for all groups.
         safeguard (float): M, in units of g squared (of |g| with adam); 0 = oracle; [0, inf).
         adam (bool): the diagonal norm.
         beta2 (float), eps (float): those of D; [0, 1), and (0, inf) in units of g.
@@ -412,17 +424,13 @@ class ScheduleFreePolyak(PolyakStep):
     """
 
     ranges = {"momentum": "[0, 1]", "eps": "(0, inf)"}
+    one = (*PolyakStep.one, "safeguard")
 
     def __init__(self, params, lr=1.0, momentum=0.9, f_star=0.0, safeguard=0.0, adam=False,
                  beta2=0.999, eps=1e-8, weight_decay=0.0, *, warmup_steps=0, r=0.0,
                  weight_lr_power=0.0, store_x=False, schedulefree_c=0.0, closure_form=False,
                  **modes):
         super().__init__(**given(locals()))
-
-    def validate(self, group):
-        super().validate(group)
-        if group["safeguard"] != self.param_groups[0]["safeguard"]:
-            raise ValueError("safeguard must be the same for all parameter groups")
 
     def buffers(self, group):
         return {**super().buffers(group), **({"exp_avg_sq": wide_zeros} if group["adam"] else {})}
@@ -479,7 +487,8 @@ class ScheduleFreePlus(PolyakStep):
         momentum (float), momentum_max (float): mu at the start and in the end; (0, 1) and [0, 1).
         anneal_steps (int): 0 = mu stays ``momentum``.
         beta_polyak (float): :math:`\beta_p`, [0, 1).
-        f_star (float): f_*, in units of the loss; one for all groups.
+        f_star (float): f_*, in units of the loss, a bound from below (from above, to maximize);
+            one for all groups.
         eps (float): in units of g; (0, inf).
         weight_decay (float): lambda, at y, in units of 1/gamma^2 (AdamC: try 5 to 50); [0, inf).
         c_warmup (int): steps without averaging.
@@ -489,6 +498,7 @@ class ScheduleFreePlus(PolyakStep):
     """
 
     ranges = {"momentum": "(0, 1)", "eps": "(0, inf)"}
+    one = (*PolyakStep.one, "beta_polyak")
     estimates = (*PolyakStep.estimates, "y_beta", "e", "e_weight")
 
     def __init__(self, params, lr=1.0, betas=(0.9, 0.95), momentum=0.9, momentum_max=0.965,
@@ -508,11 +518,18 @@ class ScheduleFreePlus(PolyakStep):
         return own.get("y_beta", own["momentum"])
 
     def validate(self, group):
-        if group["f_star"] != self.param_groups[0]["f_star"]:
-            raise ValueError("f_star must be the same for all parameter groups: there is one loss")
+        super().validate(group)
+        if group["anneal_steps"] and not (group["momentum_max"] or group["store_x"]):
+            raise ValueError("momentum_max = 0 needs store_x=True: y alone is z in the end")
 
-    def _follow(self, *_):
-        """mu moves inside ``advance``, with the step."""
+    def _follow(self, moving, stepped=(), only=None):
+        """mu moves inside ``advance``, with the step; here, for what has no gradient in it."""
+        for own, states in self._groups() if only is None else ():
+            if id(own) in moving:
+                taken = self.__dict__.get("_taken", ())
+                idle = [row for row in states if id(row[0]) not in stepped and row[0] not in taken]
+                new = where(live(self, own) != 0, self._annealed(own, own["k"]), own["y_beta"])
+                self._move(own, idle, own["y_beta"], new)
 
     def _annealed(self, group, k):
         """mu_k, from momentum at k = 0 to momentum_max at k = anneal_steps."""
@@ -594,7 +611,7 @@ class DAdaptResetting(Estimator):
     """
 
     sums = ("numerator_weighted", "squares")
-    shared = ("d", "d_hat", "numerator_weighted", "squares")
+    shared = ("d", "d_hat", "squares")
 
     def __init__(self, params, lr=1.0, weight_decay=0.0, log_every=0, d0=1e-6, *,
                  split_groups=False, **modes):
@@ -602,17 +619,17 @@ class DAdaptResetting(Estimator):
 
     @property
     def estimates(self):
-        return (*super().estimates, "eta", "keep")
+        return (*super().estimates, "eta", "keep", "fresh")
 
     def begin(self, group):
-        return dict(super().begin(group), eta=0.0, keep=1.0)
+        return dict(super().begin(group), eta=0.0, keep=1.0, fresh=1.0)
 
     def buffers(self, group):
         return {"x0": torch.clone, "s": wide_zeros}
 
     def look(self, x, g, s, h):
         s = s["s"]
-        return inner(g, s), inner(g, g), inner(s, s)
+        return inner(g, s) * h.fresh, inner(g, g), inner(s, s) * h.fresh
 
     def prepare(self, groups, totals):
         """dhat_{k+1} from |s_{k+1}|^2 = |s|^2 + 2 <step g, s> + |step g|^2; keep = 0 resets."""
@@ -624,27 +641,38 @@ class DAdaptResetting(Estimator):
             parts = [(gs.to(d), rho * gg.to(d), inverse * ss.to(d))
                      for rho, inverse, (gs, gg, ss) in rows]
             gs, gg, ss = (functools.reduce(torch.add, part) for part in zip(*parts))
-            step = d * top
-            numerator = first["numerator_weighted"]
-            numerator = numerator + ratio(step * gs, first["squares"].sqrt())
+            step, before = d * top, first["squares"].sqrt()
+            own = {id(g): g["numerator_weighted"] + ratio(step * part[0], before)
+                   for g, part in zip(circle, parts)}
+            numerator = functools.reduce(torch.add, [own[id(g)] * live(self, g) for g in circle])
             squares = first["squares"] + gg
             length = (ss + 2 * step * gs + step**2 * gg).clamp_min(0).sqrt()
             d_hat = ratio(numerator, length)
             keep = where(d_hat > 2 * d, 0.0, 1.0)
             new = dict(d_hat=d_hat, keep=keep, eta=ratio(d / d, squares.sqrt()),
-                       numerator_weighted=numerator * keep, squares=squares * keep)
+                       squares=squares * keep)
             for g in everyone:
+                new["numerator_weighted"] = own.get(id(g), g["numerator_weighted"]) * keep
+                takes_part = id(g) in own and live(self, g) != 0
+                # fresh = 0: s is to be cleared when the group steps again
+                new["fresh"] = where(takes_part, g["fresh"], g["fresh"] * keep)
                 for name, value in new.items():
                     self._set(g, name, where(top != 0, value.to(g[name]), g[name]))
 
     def scalars(self, group, t):
-        return dict(step=group["d"] * rate(group), eta=group["eta"], keep=group["keep"])
+        names = ("eta", "keep", "fresh")
+        return dict(step=group["d"] * rate(group), **{name: group[name] for name in names})
+
+    def observe(self, x, g, s, h):
+        add_scaled_(s["s"].mul_(h.fresh), g, h.step).mul_(h.keep)
+        return ()
 
     def advance(self, x, g, s, h):
-        x0, s = s["x0"].to(x.dtype), add_scaled_(s["s"], g, h.step).mul_(h.keep)
-        x.copy_(x0 - s * h.eta)
+        x.copy_(s["x0"].to(x.dtype) - s["s"] * h.eta)
 
     def adapt(self, groups, totals):
         for circle, everyone in self._circles(groups):
             for g in everyone:
                 self._set(g, "d", torch.where(g["keep"] > 0, g["d"], g["d_hat"]))
+        for g in groups:
+            self._keep(g, "fresh", torch.ones_like(g["fresh"]))

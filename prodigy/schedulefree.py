@@ -14,6 +14,7 @@ makes switching exact and beta = 0 legal. Arguments, defaults and state keys are
 schedulefree 1.4.1, whose checkpoints load. See theory/33 for the weights.
 """
 
+import copy
 import itertools
 from contextlib import contextmanager
 
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from .classical import wide_zeros
-from .optimizer import FLAGS, RANGES, Family, check, given, keep_, known_zero, live, rate
+from .optimizer import FLAGS, RANGES, Family, check, eagerly, given, keep_, known_zero, live, rate
 from .pieces import add_scaled_, ema_, join, larger, put_, ratio, rectify, residual, root
 from .pieces import smaller, toward_, where, working_dtype
 from .shards import local
-from .wrapper import Wrapper
+from .wrapper import Wrapper, check_base
 
 
 def wide_clone(p):
@@ -73,6 +74,8 @@ class ScheduleFree(Family):
         if self.beta(group) == 0 and not group.get("store_x"):
             name = "momentum" if "momentum" in group else "betas[0]"
             raise ValueError(f"{name} = 0 (Polyak averaging) needs store_x=True: y alone is z")
+        if self.beta(group) == 1 and group.get("schedulefree_c"):
+            raise ValueError("schedulefree_c with beta = 1 would never move x: pass 0 for one")
 
     def average(self, own, t, lr):
         """(c_{t+1}, sum of weights, largest lr) for w_t = t^r max(lr)^weight_lr_power.
@@ -140,10 +143,11 @@ class ScheduleFree(Family):
                 y.lerp_(s["z"].to(y.dtype), 1 - new / old)
             put_(p, y, s.get(self.low))
 
-    def _follow(self, moving, only=None):
+    def _follow(self, moving, stepped=(), only=None):
         """Where beta was changed since the last step, take y along (also without a gradient).
 
-        only: one parameter, within a fused backward pass; ``step`` does the rest.
+        moving: ids of the groups that step, stepped: of the parameters that will; only: one
+        parameter, within a fused backward pass; ``step`` does the rest.
         """
         taken = self.__dict__.get("_taken", ())
         for own, states in self._groups():
@@ -160,7 +164,7 @@ class ScheduleFree(Family):
         batches = super().gather(only)
         pending = self.__dict__.get("_pending", ())
         moving = {*(id(group) for group, _, _ in pending), *(id(b.group) for b in batches)}
-        self._follow(moving, only and only[1])
+        self._follow(moving, {id(p) for b in batches for p in b.params}, only and only[1])
         return batches
 
     @torch.no_grad()
@@ -184,26 +188,29 @@ class ScheduleFree(Family):
     @contextmanager
     @torch.no_grad()
     def averaged(self):
-        """Within the block the parameters hold x; afterwards all is as before, bit for bit."""
-        before = [(own, own["train_mode"]) for own, _ in self._groups()]
-        kept = []
+        """Within the block the parameters hold x; afterwards all is as before, bit for bit.
+
+        Also where the block calls train() or eval(); a group that it adds takes over the mode.
+        """
+        books, kept = {}, []
         for own, states in self._groups():
-            if own["train_mode"]:
-                for p, s in states:
-                    kept += [(t, t.clone()) for t in (p, s.get(self.low)) if t is not None]
+            books[id(own)] = {name: own[name] for name in ("train_mode", "y_beta")}
+            for p, s in states:
+                kept += [(t, t.clone()) for t in (p, s.get(self.low)) if t is not None]
         self.eval()
         try:
             yield self
         finally:
             for t, old in kept:
                 t.copy_(old)
-            for own, mode in before:
-                own["train_mode"] = mode
+            first = next(iter(books.values()), {})
+            for own, _ in self._groups():
+                own.update(books.get(id(own), {"train_mode": first.get("train_mode", True)}))
 
     def averaged_state_dict(self, model):
         """model.state_dict() with x in the place of y (a copy): what to save or publish."""
         with self.averaged():
-            return {name: t.detach().clone() for name, t in model.state_dict().items()}
+            return copy.deepcopy(model.state_dict())
 
     def update_bn(self, loader, model, device=None, batches=None):
         """Re-estimate BatchNorm statistics at x; those seen in training belong to y.
@@ -219,6 +226,7 @@ class ScheduleFree(Family):
         with self.averaged():
             torch.optim.swa_utils.update_bn(itertools.islice(loader, batches), model, device)
 
+    @eagerly
     def step(self, closure=None):
         """One step. With ``closure_form`` parameters hold x before and after, y in the closure."""
         form = any(own["closure_form"] for own, _ in self._groups())
@@ -254,6 +262,13 @@ class ScheduleFree(Family):
             group["lr_max"] = max(group.get("lr_max", 0.0), 0.0)
             group["store_x"] = False  # x lies in none of its tensors
         return state_dict
+
+
+def check_rectified(group):
+    """Refuse a beta2 for which RAdam's rho_t never exceeds 4, so that nothing would ever move."""
+    if group["betas"][1] <= 0.6:
+        raise ValueError(f"betas[1] must exceed 0.6 to be rectified, got {group['betas'][1]}: "
+                         "below, RAdam never leaves its silent phase")
 
 
 class SGDScheduleFree(ScheduleFree):
@@ -363,6 +378,11 @@ class RAdamScheduleFree(ScheduleFree):
                  schedulefree_c=0.0, closure_form=False, **modes):
         super().__init__(**given(locals()))
 
+    def validate(self, group):
+        super().validate(group)
+        if group["silent_sgd_phase"]:
+            check_rectified(group)
+
     def buffers(self, group):
         return {**super().buffers(group), "exp_avg_sq": wide_zeros}
 
@@ -395,8 +415,10 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
     parameters without a gradient stay.
 
     Args:
-        base (torch.optim.Optimizer): best without momentum of its own (Prodigy and DAdaptAdam:
-            beta1 = 0), which would average twice.
+        base (torch.optim.Optimizer): any whose step needs no closure; best without momentum of
+            its own (Prodigy and DAdaptAdam: beta1 = 0), which would average twice, and beside
+            bfloat16 weights best one of this package: torch's round z to bfloat16 in every step,
+            and small steps are lost.
         weight_decay_at_y (float): decay taken at y and applied to z, in units of 1/lr; [0, inf).
             (The base's own weight decay acts at z.)
         momentum (float): :math:`\beta`, [0, 1]; 0 needs store_x.
@@ -404,7 +426,8 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
             :class:`SGDScheduleFree`.
 
     Raises:
-        TypeError: if base is not a torch.optim.Optimizer, or is schedule-free already.
+        TypeError: if base is not a torch.optim.Optimizer, is schedule-free already, or cannot step
+            without a closure (LBFGS).
     """
 
     key = "schedule_free"
@@ -416,6 +439,7 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
         entries = {name: a for name, a in locals().items() if name in RANGES or name in FLAGS}
         if not isinstance(base, torch.optim.Optimizer) or isinstance(base, ScheduleFree):
             raise TypeError("base must be a torch.optim.Optimizer, not schedule-free itself")
+        check_base(base)
         for name, value in entries.items():
             check(name, value, {"momentum": "[0, 1]"})
         self.validate(entries)
@@ -442,16 +466,17 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
         active = [(group, p) for group, p in rows if not known_zero(rate(group))]
         self._follow({id(self.own(group)) for group, _ in active})
         still = [row for group, p in rows for row in self._still(group, p)]
+        begun = []
         try:
             for group, p in active:
-                self._to_z(group, p)
+                begun.append((group, p, self._to_z(group, p)))
             for group, lr in rates:
                 group["lr"] = lr * self._ramp(group)
             with self.clean(rows):
                 self.base.step()
-        except Exception:  # the base refused: back to y
-            for group, p in active:
-                self._to_y(group, p, 0.0)
+        except BaseException:  # the base refused, or was interrupted: back to y
+            for group, p, z in begun:
+                self._to_y(group, p, 0.0, z)
             raise
         finally:
             for group, lr in rates:
@@ -500,19 +525,23 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
         return self.own(group), s, local(p), self.base_low(p)
 
     def _to_z(self, group, p):
-        """p: y -> z; x waits in z's buffer (or its own)."""
+        """p: y -> z; x waits in z's buffer (or its own). Returns z where p will not hold it."""
         own, s, p, low = self._here(group, p)
         y, z = join(p, s.get("y_residual")).clone(), s["z"].clone()
         if not own["store_x"]:
             s["z"].copy_(y.lerp(z, 1 - 1 / own["y_beta"]))
-        if own["weight_decay_at_y"]:
-            add_scaled_(z, y, -rate(group) * self._ramp(group) * own["weight_decay_at_y"])
+        decays = own["weight_decay_at_y"]
+        old = z.clone() if decays or (low is None and z.dtype != p.dtype) else None
+        if decays:
+            add_scaled_(z, y, -rate(group) * self._ramp(group) * decays)
         put_(p, z, low)
+        return old
 
-    def _to_y(self, group, p, c):
-        """p: new z -> y; x moves towards z by c."""
+    def _to_y(self, group, p, c, z=None):
+        """p: new z -> y; x moves towards z by c. z: what p holds, where that is not the base's."""
         own, s, p, low = self._here(group, p)
-        z = join(p, low).clone().to(working_dtype(p.dtype))
+        if z is None:
+            z = join(p, low).clone().to(working_dtype(p.dtype))
         x = s["x"] if own["store_x"] else s["z"].clone()
         y = x.lerp_(z, c).lerp(z, 1 - own["momentum"])
         s["z"].copy_(z)

@@ -156,7 +156,8 @@ def gradient(p):
 def row_of(p, s, keys, part):
     """(p, its gradient, its buffers {key: tensor}, part): of a DTensor, this rank's pieces."""
     if part is None:
-        return p, p.grad, {key: s[key] for key in keys}, None
+        g = torch.zeros_like(p) if p.grad is None else p.grad
+        return p, g, {key: s[key] for key in keys}, None
     return local(p), gradient(p), {key: local(s[key]) for key in keys}, part
 
 

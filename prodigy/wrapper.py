@@ -1,5 +1,6 @@
 """Optimizers around another optimizer: Mechanic, and Schedule-Free around any base."""
 
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -78,7 +79,14 @@ class Wrapper(Family):
 
     def state_dict(self):
         """The base's, with this optimizer's tensors added to each parameter's state."""
-        saved, mine = self.base.state_dict(), torch.optim.Optimizer.state_dict(self)
+        first = self.register_state_dict_post_hook(Wrapper._joined, prepend=True)
+        try:
+            return torch.optim.Optimizer.state_dict(self)  # with the user's hooks
+        finally:
+            first.remove()
+
+    def _joined(self, mine):
+        saved = self.base.state_dict()
         state = {i: dict(s) for i, s in saved["state"].items()}
         for i, s in mine["state"].items():
             if both := sorted(set(s) & set(state.setdefault(i, {}))):
@@ -91,6 +99,9 @@ class Wrapper(Family):
     @torch.no_grad()
     def load_state_dict(self, state_dict):
         """Its own checkpoint, or what ``convert`` turns into one."""
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         groups = self.convert([dict(group) for group in state_dict["param_groups"]])
         state = state_dict["state"]
         base = {i: {k: v for k, v in s.items() if k not in self.kept} for i, s in state.items()}
@@ -105,6 +116,8 @@ class Wrapper(Family):
                 self.state[p] = {k: self._restore(p, k, v) for k, v in mine.items()}
         for group in self.param_groups:
             self._fill(group)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def convert(self, groups):
         return groups
@@ -125,6 +138,13 @@ class Wrapper(Family):
 
     def __setstate__(self, state):
         torch.optim.Optimizer.__setstate__(self, state)
+
+
+def check_base(base):
+    """Refuse a base that evaluates the model by itself, at points that are not ours."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"base must step without a closure, which {type(base).__name__} needs")
 
 
 def cloned(value):

@@ -5,6 +5,7 @@ import logging
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -490,6 +491,24 @@ def test_a_closure_runs_with_gradients_and_its_loss_comes_back(case, grad):
     assert min(losses) < 0.9999 * losses[0]
 
 
+def test_numbers_of_numpy_are_numbers():
+    """And are saved as Python's own, which torch.load(weights_only=True) reads."""
+    params = parameters()
+    optimizer = prodigy.Prodigy(
+        [{"params": params[:1], "d_coef": np.float32(2)}, {"params": params[1:]}],
+        lr=np.float32(0.5), betas=(np.float64(0.9), np.float32(0.5)), slice_p=np.int64(2),
+        total_training_steps=np.int64(100))
+    for group in (*optimizer.param_groups, optimizer.defaults):
+        values = [a for a in group.values() if not isinstance(a, (torch.Tensor, list))]
+        values += group["betas"]
+        assert not any(isinstance(a, np.generic) for a in values)
+    assert optimizer.param_groups[0]["d_coef"] == 2.0 and optimizer.param_groups[1]["slice_p"] == 2
+    with pytest.raises(TypeError, match="slice_p must be an integer"):
+        prodigy.Prodigy(params, slice_p=np.float64(2))
+    with pytest.raises(ValueError, match="lr must lie in"):
+        prodigy.Prodigy(params, lr=np.float32(-1))
+
+
 def test_log_every_logs_and_prints_nothing(caplog, capsys):
     params = parameters()
     optimizer = prodigy.DAdaptAdam(params, log_every=3)
@@ -498,6 +517,8 @@ def test_log_every_logs_and_prints_nothing(caplog, capsys):
             pull(params, step)
             optimizer.step()
     assert [r.getMessage().split()[0] for r in caplog.records] == ["k=3", "k=6"]
+    assert "d=[1e-06]" not in caplog.records[-1].getMessage()
+    assert " d=[" in caplog.records[-1].getMessage()
     assert capsys.readouterr() == ("", "")
 
 

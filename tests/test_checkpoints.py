@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import prodigy
 from prodigy import Prodigy, ScheduleFreeWrapper, SGDScheduleFree
+from prodigy.optimizer import BOOKS
 
 PRECISIONS = {
     "float32": [torch.float32],
@@ -341,6 +342,41 @@ def test_float32_state_beside_bfloat16_weights_keeps_its_dtype(case):
     assert "residual" in names and len(names) >= 2
 
 
+OTHERS = {
+    "torch.AdamW": lambda ps: torch.optim.AdamW(ps),
+    "torch.SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
+    "schedulefree": lambda ps: schedulefree.AdamWScheduleFree(ps),
+    "prodigyopt": lambda ps: prodigyopt.Prodigy(ps),
+    **{name: getattr(prodigy, name) for name in ("AdamW", "Prodigy", "DAdaptAdam", "DoG", "COCOB",
+                                                 "SGDScheduleFree", "ScheduleFreePolyak")},
+}
+
+
+@pytest.mark.parametrize("saver", OTHERS)
+@pytest.mark.parametrize("loader", ["AdamW", "RMSprop", "Prodigy", "DAdaptSGD", "DAdaptAdam", "DoG",
+                                    "COCOB", "AdamWScheduleFree", "SGDScheduleFree",
+                                    "ScheduleFreePolyak", "ProdigyPlusScheduleFree"])
+def test_a_checkpoint_of_another_method_is_refused(saver, loader):
+    """Unless it is of the same class, its reference, or of one that keeps the same tensors."""
+    params, others = parameters(), parameters()
+    theirs = OTHERS[saver](params)
+    if hasattr(theirs, "train"):
+        theirs.train()
+    pull(params, 0)
+    theirs.step(*[lambda: torch.tensor(1.0)] * (saver == "ScheduleFreePolyak"))
+    ours = getattr(prodigy, loader)(others)
+    before = copy.deepcopy(ours.state_dict())
+    alike = {("torch.AdamW", "AdamW"), ("schedulefree", "AdamWScheduleFree"),
+             ("prodigyopt", "Prodigy")}
+    if saver == loader or (saver, loader) in alike:
+        ours.load_state_dict(theirs.state_dict())
+        return
+    with pytest.raises(ValueError, match=f"not a checkpoint of {loader} or its reference"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().keys() == before.keys() and not ours.state
+    assert ours.state_dict()["param_groups"] == before["param_groups"]
+
+
 @every_method
 def test_missing_keys_take_this_optimizers_values(case):
     """An older checkpoint lacks what was added since: the constructor's value stands in."""
@@ -350,7 +386,7 @@ def test_missing_keys_take_this_optimizers_values(case):
     optimizer = zoo.make(case, groups_of(params))
     walk(optimizer, params, range(4))
     full = optimizer.state_dict()
-    needed = {"params", "nonfinite", "schedule_free", "mechanic", "d", "k", "initial_lr"}
+    needed = {"params", "nonfinite", "schedule_free", "mechanic", "k", "initial_lr", *BOOKS[:5]}
     for name in set(full["param_groups"][0]) - needed:
         saved = copy.deepcopy(full)
         for group in saved["param_groups"]:
@@ -358,6 +394,7 @@ def test_missing_keys_take_this_optimizers_values(case):
         others = parameters()
         fresh = zoo.make(case, groups_of(others))
         default = copy.deepcopy(fresh.param_groups[0].get(name))
+        default = full["param_groups"][0]["k"] if name == "clock" else default
         fresh.load_state_dict(saved)
         if fresh.param_groups[0].get(name) is None:
             assert default is None

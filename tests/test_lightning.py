@@ -161,6 +161,17 @@ def test_model_checkpoint_saves_x_at_any_step(case, weights_only, tmp_path):
         assert ("optimizer_states" in saved) != weights_only
 
 
+def test_an_epoch_that_is_called_off_ends_at_x(tmp_path):
+    """on_train_batch_start may return -1: Lightning then leaves out the batch's end."""
+    module = Module(FREE[0])
+    module.on_train_batch_start = lambda _, index: -1 if index == 2 else None
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_weights_only=True)
+    trainer(tmp_path, ScheduleFreeCallback(), saver).fit(module, loader())
+    for epoch, step in ((0, 2), (1, 4)):
+        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        assert_equal(saved["state_dict"], module.x[step])
+
+
 SAVERS = {
     "after a batch": dict(every_n_train_steps=BATCHES),
     "after an epoch": dict(every_n_epochs=1, save_on_train_epoch_end=True),

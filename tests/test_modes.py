@@ -320,6 +320,37 @@ CASES_AND_DTYPES = [(case, torch.float32) for case in [*OWN, *MORE_OPTIONS]]
 CASES_AND_DTYPES += [(case, torch.bfloat16) for case in OWN_METHODS]
 
 
+@pytest.mark.parametrize("case", zoo.METHODS, ids=str)
+def test_a_compiled_function_around_the_step_changes_nothing(case, fresh_compiler):
+    """torch.compile of the user's own step, or of the whole training function."""
+    ends = []
+    for around in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        problem = zoo.problem()
+        optimizer = zoo.make(case, problem.params)
+        step = around(lambda: optimizer.step())
+        for k in range(5):
+            problem.fill(k)
+            step()
+        ends.append(zoo.final(problem))
+    assert torch.equal(*ends) and not torch.equal(ends[0], zoo.final(zoo.problem()))
+
+
+def test_what_groups_share_is_computed_once(monkeypatch):
+    """The time of a step grows with the number of groups, not with its square."""
+    counts = []
+    for n in (10, 40):
+        calls = []
+        for module in (prodigy.dadaptation, prodigy.prodigy, prodigy.optimizer):
+            monkeypatch.setattr(module, "rate", lambda group: calls.append(1) or group["lr"])
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(n)]
+        optimizer = prodigy.Prodigy([{"params": [p]} for p in params])
+        for p in params:
+            p.grad = torch.ones(2)
+        optimizer.step()
+        counts.append(len(calls))
+    assert counts[1] < 5 * counts[0]
+
+
 def test_step_counts_move_to_where_the_options_want_them():
     """A checkpoint may have been saved with capturable=False."""
     params, fill = meta_problem()

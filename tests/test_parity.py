@@ -185,6 +185,36 @@ def test_departure_zero_gradient(ours, theirs):
     assert moved == [bool(more), False]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (prodigy.Prodigy, prodigyopt.Prodigy),
+        (prodigy.DAdaptSGD, dadaptation.DAdaptSGD),
+        (prodigy.DAdaptAdam, dadaptation.DAdaptAdam),
+    ],
+)
+def test_departure_missing_gradient(ours, theirs):
+    """100 |u - 1| + |v - 1|, where u has no gradient in every second or third step."""
+
+    def largest_d(build, every):
+        u, v = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+        optimizer, d = build([u, v], d0=1e-3), []
+        for k in range(200):
+            u.grad = None if k % every == every - 1 else 100 * (u.detach() - 1).sign()
+            v.grad = (v.detach() - 1).sign()
+            optimizer.step()
+            d.append(float(optimizer.param_groups[0]["d"]))
+        return max(d)
+
+    for every in (2, 3):
+        usual = largest_d(ours, every=1000)
+        assert largest_d(ours, every) < 1.5 * usual < 5
+        assert largest_d(theirs, every) > 3 * usual
+        if ours is not prodigy.DAdaptAdam:  # which proves no bound
+            D = 1 if ours is prodigy.Prodigy else 2 * 2**0.5
+            assert largest_d(ours, every) <= D < largest_d(theirs, every)
+
+
 def test_departure_dadapt_sgd_first_gradient():
     first = torch.tensor([3.0, 4.0], dtype=torch.float64)
     for gradient in (torch.zeros_like(first), None):

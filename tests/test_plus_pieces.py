@@ -175,13 +175,32 @@ def test_focus_is_a_sign_step_towards_the_gradient_and_the_average():
 
 
 def test_focus_averages_the_weights_in_the_place_of_squares():
+    """Bias corrected: (1 - beta2) / (1 - beta2^t) times the sum of beta2^(t-i) z_i."""
     options = dict(use_focus=True, betas=(0.9, 0.5))
     start = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    (step,), optimizer = moves([torch.ones(2, dtype=torch.float64)], start, **options)
+    steps, optimizer = moves([torch.ones(2, dtype=torch.float64)] * 3, start, **options)
+    points = start + torch.cat([torch.zeros(1, 2), torch.stack(steps).cumsum(0)[:-1]])
+    weights = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+    average = weights @ points / weights.sum()
     (s,) = optimizer.state.values()
-    average = 0.5 * 0.1**2 * start
     torch.testing.assert_close(s["exp_avg_sq"], average)
-    torch.testing.assert_close(step, -0.1 * (1 + 0.1 * (start - average).sign()))
+    torch.testing.assert_close(steps[0], torch.full_like(start, -0.1))  # sign(x - x) = 0
+    torch.testing.assert_close(steps[2], -0.1 * (1 + 0.1 * (points[2] - average).sign()))
+
+
+def test_focus_draws_to_the_average_of_the_weights_not_to_zero():
+    """Without a gradient the weights are their own average, and stay; also a tensor's first is."""
+    zeros = [torch.zeros(2, dtype=torch.float64)] * 20
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    steps, _ = moves(zeros, start, use_focus=True)
+    assert not torch.stack(steps).any()
+    early, late = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = ProdigyPlusScheduleFree([early, late], use_focus=True, factored=False, d0=0.1)
+    for step in range(40):
+        early.grad = torch.ones(2, dtype=torch.float64)
+        late.grad = None if step < 30 else torch.zeros(2, dtype=torch.float64)
+        optimizer.step()
+    assert torch.equal(late, start) and not torch.equal(early, start)
 
 
 # Adafactor (1804.04235) ------------------------------------------------------------------------

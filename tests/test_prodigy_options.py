@@ -84,11 +84,29 @@ def test_without_a_total_the_cosine_takes_a_thousand_steps():
     peak = stall_and_peak(ds, 1e-3, 5)
     for k in range(peak, 60):
         assert seen[k] == pytest.approx(0.5 * (1 + math.cos(math.pi * (k - peak) / 1000)))
-    optimizer.param_groups[0]["k"] = peak + 999
+    clock = optimizer.param_groups[0]["clock"]
+    clock.fill_(peak + 999)
     assert optimizer.effective_lr() > 0
     for k in (peak + 1000, peak + 5000):
-        optimizer.param_groups[0]["k"] = k
+        clock.fill_(k)
         assert optimizer.effective_lr() == 0.0
+
+
+def test_the_cosine_counts_the_steps_of_all_groups():
+    """Groups that take turns are as far after 60 steps as groups that do not."""
+    ends = []
+    for turns in (False, True):
+        params = parameters()
+        optimizer = Prodigy([{"params": params[:1]}, {"params": params[1:]}], d0=1e-3,
+                            cosine_decay=True, peak_patience=4, total_training_steps=60)
+        for step in range(61):
+            for i, group in enumerate(optimizer.param_groups):
+                group["lr"] = 1.0 if not turns or step % 2 == i else 0.0
+            walk(optimizer, params, [step])
+        assert [int(g["clock"]) for g in optimizer.param_groups] == [61, 61]
+        optimizer.param_groups[0]["lr"] = 1.0
+        ends.append(optimizer.effective_lr())
+    assert ends == [0.0, 0.0]
 
 
 def test_the_step_itself_is_multiplied():

@@ -563,6 +563,78 @@ def test_the_safeguard_is_one_for_all_groups():
 
 
 @pytest.mark.parametrize("cls", WITH_LOSS)
+def test_what_one_loss_decides_is_one_for_all_groups(cls):
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    for name, value in dict(f_star=1.0, maximize=True).items():
+        with pytest.raises(ValueError, match=f"{name} must be the same for all parameter groups"):
+            cls([{"params": [a]}, {"params": [b], name: value}])
+    if cls is prodigy.ScheduleFreePlus:
+        with pytest.raises(ValueError, match="beta_polyak must be the same"):
+            cls([{"params": [a]}, {"params": [b], "beta_polyak": 0.5}])
+
+
+@pytest.mark.parametrize("cls", WITH_LOSS)
+def test_to_maximize_is_to_minimize_the_negative(cls):
+    """f_star is in the loss's own units: 2 for 2 - |x|^2 / 2, as it is -2 for its negative."""
+    points = []
+    for sign in (1, -1):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = cls([p], f_star=-2.0 * sign, maximize=sign < 0)
+
+        def closure():
+            p.grad = sign * p.detach()
+            return sign * (p.detach().square().sum() / 2 - 2)
+
+        for _ in range(20):
+            optimizer.step(closure)
+        points.append(p.detach().clone())
+    assert torch.equal(*points) and points[0].norm() < 1
+
+
+@pytest.mark.parametrize("store_x", [False, True])
+def test_an_annealed_momentum_takes_idle_parameters_along(store_x):
+    """While mu moves, x of a parameter without a gradient stays, and y is where mu says."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2)]
+    optimizer = prodigy.ScheduleFreePlus(params, momentum=0.5, momentum_max=0.99, anneal_steps=20,
+                                         weight_lr_power=0, store_x=store_x)
+
+    def step(those):
+        def closure():
+            for p in params:
+                p.grad = p.detach() - 0.3 if any(p is q for q in those) else None
+            return sum((p.detach() - 0.3).square().sum() / 2 for p in those)
+        optimizer.step(closure)
+
+    def average():
+        with optimizer.averaged():
+            return params[1].detach().clone()
+
+    for _ in range(8):
+        step(params)
+    before = average()
+    for _ in range(8):
+        step(params[:1])
+    assert close(average(), before, 1e-12)
+    mu, z = float(optimizer.param_groups[0]["y_beta"]), optimizer.state[params[1]]["z"]
+    assert close(params[1].detach(), (1 - mu) * z + mu * before, 1e-12)
+
+
+def test_an_annealed_momentum_of_zero_needs_x():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="momentum_max = 0 needs store_x=True"):
+        prodigy.ScheduleFreePlus([p], momentum_max=0.0, anneal_steps=10)
+
+
+def test_the_boxes_stand_still_at_a_minimiser():
+    for options in ({}, dict(f_star=10.0)):
+        problem = problems.quadratic([1.0, 2.0], x0=[0.0, 0.0])
+        trace = textbook.schedule_free_plus(problem.grad, problem.x0, 3, loss=problem.value,
+                                            **options)
+        assert not trace.x.any()
+
+
+@pytest.mark.parametrize("cls", WITH_LOSS)
 @pytest.mark.parametrize("loss", [float("inf"), float("nan")])
 def test_a_loss_that_is_not_finite_leaves_z_where_it_is(cls, loss):
     p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -637,6 +709,35 @@ def test_resetting_restarts_when_dhat_exceeds_2d_and_d_stays_below_D():
     descend(lambda p: prodigy.DAdaptResetting(p, d0=1e-4), problem, 300, each)
     assert 3 <= restarts <= math.log2(problem.D / 1e-4)
     assert problem.D / 8 < d[-1] <= problem.D
+
+
+@pytest.mark.parametrize("how", ["None", "group", "tensor lr"])
+def test_resetting_where_something_takes_no_part(how):
+    """A tensor or group that is absent in the step that resets starts anew as well: d <= D."""
+    u, v = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    if how == "None":
+        optimizer = prodigy.DAdaptResetting([u, v], d0=1e-3)
+    else:
+        lr = torch.tensor(1.0) if how == "tensor lr" else 1.0
+        optimizer = prodigy.DAdaptResetting(
+            [{"params": [u]}, {"params": [v], "lr": lr}], d0=1e-3, capturable=how == "tensor lr")
+    ends, moves = [], []
+    for k in range(200):
+        absent = k % 2 == 1
+        u.grad = 100 * (u.detach() - 1).sign()
+        v.grad = None if how == "None" and absent else (v.detach() - 1).sign()
+        if how == "group":
+            optimizer.param_groups[1]["lr"] = 0.0 if absent else 1.0
+        elif how == "tensor lr":
+            optimizer.param_groups[1]["lr"].fill_(0.0 if absent else 1.0)
+        before = optimizer.get_d(), v.detach().clone()
+        optimizer.step()
+        moves.append(float((v - before[1]).abs()))
+        if optimizer.get_d() > before[0]:  # all sums are cleared, at the latest in the next step
+            ends.append(float(optimizer.state[v]["s"]) * float(
+                optimizer.param_groups[-1].get("fresh", 1.0)))
+    assert len(ends) > 5 and not any(ends)
+    assert optimizer.get_d() <= 2**0.5 and max(moves) < 1
 
 
 @pytest.mark.parametrize("ratio", [0.25, 4.0])

@@ -381,6 +381,62 @@ def test_averaged_restores_every_bit(build, store_x, dtype):
 
 
 @every_builder
+@either_store
+def test_averaged_restores_every_bit_whatever_the_block_does(build, store_x):
+    params = parameters()
+    optimizer = build(params, store_x=store_x)
+    walk(optimizer, params, 20)
+    y = values(params)
+    set_beta(optimizer, 0.6)  # a scheduler did
+    with optimizer.averaged():
+        x = values(params)
+        optimizer.train()
+        optimizer.eval()
+    assert equal(y, values(params))
+    with optimizer.averaged():
+        assert equal(x, values(params))
+        optimizer.add_param_group({"params": parameters(seed=1)})
+    walk(optimizer, params, 1)  # not refused: the new group trains too
+    optimizer.eval()
+    x = values(params)
+    with optimizer.averaged():
+        optimizer.train()
+    assert equal(x, values(params)) and not own(optimizer)["train_mode"]
+    assert not own(optimizer, 1)["train_mode"]
+
+
+def test_the_averaged_state_dict_keeps_what_is_no_tensor():
+    class Counting(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"seen": [3]}
+
+    model = Counting(2, 1)
+    optimizer = SGDScheduleFree(model.parameters())
+    walk(optimizer, list(model.parameters()), 2)
+    saved = optimizer.averaged_state_dict(model)
+    assert saved["_extra_state"] == {"seen": [3]} and saved._metadata[""]["version"] == 1
+
+
+@pytest.mark.parametrize("build", [sgd, adamw, radam, over_sgd], ids=lambda b: b.__name__)
+def test_primal_averaging_has_no_refined_average(build):
+    with pytest.raises(ValueError, match="schedulefree_c with beta = 1 would never move x"):
+        build(parameters(), momentum=1.0, schedulefree_c=10.0)
+
+
+@pytest.mark.parametrize("beta2", [0.5, 0.6])
+def test_a_rectified_step_needs_a_memory(beta2):
+    for cls, options in ((RAdamScheduleFree, {}),
+                         (prodigy.ProdigyPlusScheduleFree, dict(use_bias_correction=True))):
+        with pytest.raises(ValueError, match=r"betas\[1\] must exceed 0.6"):
+            cls(parameters(), betas=(0.9, beta2), **options)
+    params = parameters()
+    start, loud = values(params), RAdamScheduleFree(params, betas=(0.9, beta2),
+                                                    silent_sgd_phase=False)
+    walk(loud, params, 2)
+    assert not equal(start, values(params))
+
+
+@every_builder
 def test_the_averaged_state_dict_is_the_model_at_x(build):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
@@ -695,6 +751,67 @@ def test_hooks_and_schedulers_see_the_wrapper_as_an_optimizer():
     assert calls == ["before", "after"]
     assert optimizer.base.param_groups[0]["lr"] == 0.05
     assert optimizer.effective_lr() == 0.05
+
+
+@pytest.mark.parametrize("cls", [ScheduleFreeWrapper, prodigy.Mechanic])
+def test_checkpoint_hooks_see_the_whole_checkpoint(cls):
+    params = parameters()
+    optimizer = cls(torch.optim.AdamW(params, lr=0.1))
+    walk(optimizer, params, 2)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("pre"))
+    optimizer.register_state_dict_post_hook(
+        lambda _, saved: calls.append(len(saved["state"][0])) or {**saved, "mine": 1})
+    saved = optimizer.state_dict()
+    assert saved["mine"] == 1 and calls == ["pre", 3 + len(optimizer.state[params[0]])]
+    other = cls(torch.optim.AdamW(params, lr=0.1))
+    other.register_load_state_dict_pre_hook(lambda _, given: {**given, **given["inside"]})
+    other.register_load_state_dict_post_hook(
+        lambda loaded: calls.append(len(loaded.state[params[0]])))
+    other.load_state_dict({"inside": saved})
+    assert calls[-1] == len(optimizer.state[params[0]])
+
+
+@pytest.mark.parametrize("cls", [ScheduleFreeWrapper, prodigy.Mechanic])
+def test_a_tensor_rate_of_a_base_that_knows_no_capturable(cls):
+    """torch.optim.SGD and Adagrad take one, and have no such argument in their groups."""
+    ends = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        params = parameters()
+        walk(cls(torch.optim.Adagrad(params, lr=lr)), params, 5)
+        ends.append(values(params))
+    assert distance(*ends) < 1e-12
+
+
+@pytest.mark.parametrize("cls", [ScheduleFreeWrapper, prodigy.Mechanic])
+def test_a_base_that_needs_a_closure_is_refused(cls):
+    with pytest.raises(TypeError, match="without a closure, which LBFGS needs"):
+        cls(torch.optim.LBFGS(parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@either_store
+def test_where_the_base_fails_all_is_as_before(dtype, error, store_x):
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise error("no step")
+            super().step(closure)
+
+    params = parameters(dtype)
+    optimizer = ScheduleFreeWrapper(Failing(params, lr=0.1), weight_decay_at_y=0.5,
+                                    store_x=store_x)
+    walk(optimizer, params, 8)
+    y, z = values(params), [optimizer.state[p]["z"].clone() for p in params]
+    optimizer.base.fails = True
+    for _ in range(3):
+        with pytest.raises(error):
+            optimizer.step()
+    assert equal(z, [optimizer.state[p]["z"] for p in params])
+    assert distance(y, values(params)) <= (1e-14 if dtype == torch.float64 else 0)
 
 
 def test_decay_at_y_is_taken_where_the_gradient_is():

@@ -368,7 +368,8 @@ def _cases():
     dsgd = ours_and(dadaptation.DAdaptSGD)
     yield dsgd("plain")
     yield dsgd("growth", momentum=0.9, growth_rate=1.05, d0=1e-2)
-    yield dsgd("scheduled", momentum=0.5, d0=1e-3, groups=({}, {}), **warmed)
+    yield dsgd("scheduled", momentum=0.5, d0=1e-3, groups=({}, {}), schedule=warm_then_decay)
+    yield rival("DAdaptSGD")("holes", momentum=0.5, d0=1e-3, groups=({}, {}), **warmed)
 
     dadagrad = ours_and(dadaptation.DAdaptAdaGrad)
     yield dadagrad("plain")
@@ -383,7 +384,8 @@ def _cases():
         "decoupled", decouple=True, weight_decay=0.1, use_bias_correction=True, growth_rate=1.3
     )
     yield dadam("layer_scale", groups=({"layer_scale": 0.5}, {"eps": 1e-3}), lr=0.7)
-    yield dadam("scheduled", decouple=True, groups=two, **warmed)
+    yield dadam("scheduled", decouple=True, groups=two, schedule=warm_then_decay)
+    yield rival("DAdaptAdam")("holes", decouple=True, groups=two, **warmed)
 
     prod = ours_and(prodigyopt.Prodigy, eps=1e-24)
     yield prod("plain")
@@ -399,7 +401,8 @@ def _cases():
         growth_rate=1.2,
         d0=1e-3,
     )
-    yield prod("scheduled", groups=two, **warmed)
+    yield prod("scheduled", groups=two, schedule=warm_then_decay)
+    yield rival("Prodigy")("holes", groups=two, **warmed)
 
     sfsgd = ours_and(schedulefree.SGDScheduleFree, lr=0.3)
     yield sfsgd("plain")
@@ -512,6 +515,13 @@ class Departure:
 # shows both.
 DEPARTURES = [
     Departure(
+        "Prodigy, DAdaptSGD, DAdaptAdam",
+        "prodigyopt, dadaptation",
+        "a tensor without a gradient drops out of dhat's denominator alone: d runs beyond D",
+        "it counts with a gradient of zero",
+        "test_departure_missing_gradient",
+    ),
+    Departure(
         "Prodigy",
         "prodigyopt",
         "eps times the new d",
@@ -582,7 +592,7 @@ DEPARTURES = [
         "test_departure_bfloat16_starves_d",
     ),
     Departure(
-        "every class",
+        "every class (the wrappers: over a base of this package)",
         "torch.optim, schedulefree",
         "bfloat16 weights and averages are rounded in every step",
         "the float32 run, bit for bit",
@@ -720,6 +730,34 @@ DEPARTURES = [
         "use_adopt without Schedule-Free: steps of d^2, d stays at d0",
         "the average of clipped d g over its denominator",
         "test_departure_plus_adopt_without_schedulefree",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "use_adopt: an entry whose first gradient comes later moves by g/eps",
+        "that gradient only fills its second moment",
+        "test_departure_plus_adopt_late_entries",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "use_focus draws to the average of d^2 x, which is nearly 0",
+        "to the bias-corrected average of x",
+        "test_departure_plus_focus",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "d_limiter=False, a missing gradient: as prodigyopt",
+        "as Prodigy",
+        "test_departure_plus_missing_gradient",
+    ),
+    Departure(
+        "ProdigyPlusScheduleFree",
+        "prodigyplus",
+        "split_groups_mean: a group with lr = 0 holds the others at d0",
+        "the mean of those that move",
+        "test_departure_plus_mean_of_what_moves",
     ),
     Departure(
         "ProdigyPlusScheduleFree",

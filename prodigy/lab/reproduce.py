@@ -324,7 +324,7 @@ def main(arguments=None):
     for folder in (layout.runs, layout.figures, layout.committed):
         folder.mkdir(parents=True, exist_ok=True)
     stems = [path.stem for path in paths]
-    old = tables(layout.committed, stems)
+    old, begun = tables(layout.committed, stems), time.time()
     failures = run_all(layout, paths, asked.profile, asked.refresh)
     finished = [stem for stem in stems if stem not in failures]
     if asked.profile:
@@ -334,7 +334,9 @@ def main(arguments=None):
     mine = {name: table for name, table in old.items() if name[:3] in {s[:3] for s in finished}}
     print("\n".join(difference_report(new, mine)) or "no tables")
     for stem, line in failures.items():
-        print(f"\n{stem} FAILED: {line}\n    see {layout.runs / stem}.ipynb")
+        written = layout.runs / f"{stem}.ipynb"
+        fresh = written.is_file() and written.stat().st_mtime >= begun
+        print(f"\n{stem} FAILED: {line}" + f"\n    see {written}" * fresh)
     return 1 if failures else 0
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
@@ -33,7 +34,9 @@ def collect(train, keys, path=None, device="cpu", *, jobs=1):
         of the keys.
     """
     path, device = path and Path(path), torch.device(device)
-    table = pd.read_csv(path) if path and path.is_file() else pd.DataFrame()
+    texts = {column: str for key in keys for column, a in key.items() if isinstance(a, str)}
+    known = path and path.is_file()
+    table = pd.read_csv(path, dtype=texts, float_precision="round_trip") if known else pd.DataFrame()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     todo = [key for key in keys if not (len(table) and len(rows_of(table, key)))]
     ended = joblib.Parallel(jobs, return_as="generator")(map(joblib.delayed(train), todo))
@@ -46,14 +49,22 @@ def collect(train, keys, path=None, device="cpu", *, jobs=1):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_suffix(".part")
-            table.to_csv(fresh, index=False, float_format="%.12g", lineterminator="\n")
+            written = table.assign(**{column: table[column].map(exact) for column in key})
+            written.to_csv(fresh, index=False, float_format="%.12g", lineterminator="\n")
             os.replace(fresh, path)
     return pd.concat([rows_of(table, key) for key in keys], ignore_index=True)
 
 
 def rows_of(table, key):
     """The rows of one run."""
-    return table[(table[list(key)] == pd.Series(key)).all(axis=1)]
+    same = [table[column].isna() if a is None else table[column] == a for column, a in key.items()]
+    return table[np.logical_and.reduce(same)]
+
+
+def exact(value):
+    """A float as text that reads back as the same float; anything else as it is."""
+    short = f"{value:.12g}" if isinstance(value, float) else value
+    return repr(value) if isinstance(value, float) and float(short) != value else short
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from tqdm.auto import trange
 from .grid import grid
 
 # tqdm's notebook bar does not look at the variable that its other bars obey
-QUIET = bool(int(os.environ.get("TQDM_DISABLE", "0")))
+QUIET = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
 
 
 @dataclass(frozen=True)
