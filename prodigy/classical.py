@@ -137,7 +137,7 @@ class RMSprop(Classical):
     def advance(self, x, g, s, h):
         v = ema_(s["square_avg"], g.square(), h.alpha)
         if h.centered:
-            v = v - ema_(s["grad_avg"], g, h.alpha).square()
+            v = (v - ema_(s["grad_avg"], g, h.alpha).square()).abs()  # not below 0 by rounding
         u = g / v.sqrt().add_(h.eps)
         if "momentum_buffer" in s:
             u = s["momentum_buffer"].mul_(h.momentum).add_(u)

@@ -31,8 +31,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .pieces import (abreast, add_scaled_, as_float, every, finite, join, residual, store_, where,
-                     working_dtype)
+from .pieces import (WIDE, abreast, add_scaled_, as_float, every, finite, join, keep_residual,
+                     store_, where, working_dtype)
 from .shards import everywhere, local, part_of, present, row_of, sharded
 from .vec import Vec, bunched, cut, in_turn, stack
 
@@ -88,11 +88,13 @@ OPTIONAL = {"beta3", "beta4", "total_training_steps", "foreach"}
 REGIONS = torch.__version__ >= "2.13"
 GRAPH = 80 if REGIONS else 8
 # Inductor's: loops become one only if they share more than a few scalars, and what two loops need
-# is computed twice rather than written to memory; shapes are guarded already. Of the guards those
+# is computed twice rather than written to memory; shapes are guarded already; what rounding to
+# float16 drops is not rewritten to 0. Of the guards those
 # of tensors stay, and those of the process (without a name: threads, autocast, ...): what a graph
 # takes from Python objects is its key in `Family._compiled`.
 OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100,
            "realize_opcount_threshold": 1000, "size_asserts": False,
+           "emulate_precision_casts": True,
            "guard_filter_fn": lambda guards: [
                not g.name or "TENSOR" in g.guard_type or g.guard_type == "DUPLICATE_INPUT"
                for g in guards]}
@@ -100,6 +102,8 @@ OPTIONS = {"score_fusion_memory_threshold": 1024, "realize_reads_threshold": 100
 # five those of a reference package too.
 BOOKS = ("d", "weight_sum", "rbar", "size", "e_weight",
          "d_numerator", "numerator_weighted", "sksq_weighted", "g0_norm", "keep")
+TELLING = {"exp_avg_sq", "z", "s", "p0", "x0"}  # names of tensors that do the same
+ALIKE = {"Adam": ("AdamW",), "AdamW": ("Adam",)}
 NO_COMPILER = {"InvalidCxxCompiler", "TritonMissing"}  # names of Inductor's exceptions
 MODES = dict(foreach=None, maximize=False, capturable=False, compile=False)
 FLAGS = {*MODES, "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "decouple",
@@ -384,6 +388,8 @@ class Family(torch.optim.Optimizer):
         """
         if self.look is not None:
             raise RuntimeError(f"{type(self).__name__} needs all gradients first: call step()")
+        if not any(group is g for g in self.param_groups):  # from before load_state_dict
+            group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
         taken = self.__dict__.setdefault("_taken", set())
         if p in taken:
             raise RuntimeError("this parameter was stepped already: call step() after every "
@@ -449,12 +455,11 @@ class Family(torch.optim.Optimizer):
         for name, make in buffers.items():
             if name not in s and (buffer := make(p)) is not None:
                 s[name] = buffer
-        narrow = p.dtype.itemsize < 4 and not self._rounds_at_random(group, p)
-        if narrow and "residual" not in s:
-            s["residual"] = residual(p)
+        exact = self._rounds_at_random(group, p) or p.dtype in WIDE
+        keep_residual(s, "residual", None if exact else p)
         if self.own_clock:  # where torch.optim has it, also after a checkpoint of the other kind
-            step = s["step"] if "step" in s else torch.zeros((), dtype=torch.float32)
-            s["step"] = step.to(p.device if group["capturable"] else "cpu")
+            s["step"] = torch.as_tensor(s.get("step", 0), dtype=torch.float32,
+                                        device=p.device if group["capturable"] else "cpu")
         return s
 
     def _rounds_at_random(self, group, p):
@@ -545,7 +550,9 @@ class Family(torch.optim.Optimizer):
         fixed = {name: a for name, a in h.items() if name not in numbers}
         keys, names, values = tuple(s), tuple(numbers), tuple(numbers.values())
         # Inductor (torch 2.13) drops in-place writes to 0-d CPU tensors: one-entry views
-        lines = [(lined(p), lined(g), part, *map(lined, s.values())) for p, g, s, part in rows]
+        # nor does a region take a gradient in the memory of its parameter
+        lines = [(lined(p), lined(g.clone() if g.data_ptr() == p.data_ptr() else g), part,
+                  *map(lined, s.values())) for p, g, s, part in rows]
         if not self.by_entry:
             lines = [widened(*line) for line in lines]
         sums = []
@@ -654,7 +661,13 @@ class Family(torch.optim.Optimizer):
         What a sharded parameter keeps of every stride-th entry alone has no regular shards: here,
         in the checkpoint, it stands in a DTensor of the parameter's shape, 0 in between.
         """
-        saved = super().state_dict()
+        first = self.register_state_dict_post_hook(Family._written, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+
+    def _written(self, saved):
         for i, p, stride in self._strides(saved):
             s = saved["state"].get(i, {})
             if (part := part_of(p)) and stride > 1 and s:
@@ -665,7 +678,7 @@ class Family(torch.optim.Optimizer):
             for name, value in group.items():
                 if isinstance(value, Tensor):
                     group[name] = copies.setdefault(id(value), value.clone())
-        return saved
+            group["method"] = type(self).__name__
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
@@ -673,54 +686,60 @@ class Family(torch.optim.Optimizer):
 
         Loads what the reference package of the same class saved: keys that are missing get this
         optimizer's own values, keys that differ are converted (logged at INFO).
+
+        Raises:
+            ValueError: for the checkpoint of another method, before anything is changed.
         """
         read = []
 
         def last(_, given):  # once the user's own hooks have run
-            read.append(self._read(given))
+            read.append(self._read(copied(given)))
             return read[0]
 
-        handle = self.register_load_state_dict_pre_hook(last)
+        def first(_):  # before the user's own
+            for i, p, stride in self._strides(read[0]):
+                if i in read[0]["state"]:
+                    self.state[p] = {key: self._restore(p, key, a, stride)
+                                     for key, a in read[0]["state"][i].items()}
+
+        hooks = (self.register_load_state_dict_pre_hook(last),
+                 self.register_load_state_dict_post_hook(first, prepend=True))
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        state_dict = read[0]
-        for i, p, stride in self._strides(state_dict):
-            if i in state_dict["state"]:
-                saved = state_dict["state"][i]
-                self.state[p] = {key: self._restore(p, key, a, stride)
-                                 for key, a in saved.items()}
-                stale = self.state[p].get("residual")
-                if stale is not None and stale.dtype != residual(p.new_empty(0)).dtype:
-                    del self.state[p]["residual"]
+            for hook in hooks:
+                hook.remove()
 
     def _read(self, state_dict):
-        """A checkpoint in this class's own form; ValueError for that of another method."""
-        foreign = any("nonfinite" not in group for group in state_dict["param_groups"])
-        for theirs, mine in zip(state_dict["param_groups"], self.param_groups):
-            self._agree([name for name in BOOKS[:5] if name in mine], theirs)
-            self._agree([name for name in BOOKS if name in theirs], mine, "has")
+        """A checkpoint (a copy) in this class's own form; ValueError for that of another method."""
+        groups = state_dict["param_groups"]
+        foreign = any("nonfinite" not in group for group in groups)
+        names = [group.pop("method", None) for group in groups]
+        mine = {type(self).__name__, *ALIKE.get(type(self).__name__, ())}
+        if odd := [name for name in names if name and name not in mine]:
+            self._refuse(f"it is one of {odd[0]}")
+        for theirs, mine in zip(groups, self.param_groups):
+            self._refuse("it lacks {}", (n for n in BOOKS[:5] if n in mine and n not in theirs))
+            self._refuse("it has {}", (n for n in BOOKS if n in theirs and n not in mine))
         if foreign:
-            state_dict = self.convert(copied(state_dict))
+            state_dict = self.convert(state_dict)
             log.info("%s: converted a checkpoint of the reference package", type(self).__name__)
-        for theirs, mine in zip(state_dict["param_groups"], self.param_groups):
+        for theirs, mine in zip(state_dict["param_groups"], () if any(names) else self.param_groups):
             buffers = self.buffers({**mine, **theirs, "params": mine["params"]})
             for i, p in zip(theirs["params"], mine["params"]):
                 if saved := state_dict["state"].get(i):
-                    known = {"step", "residual", *self.optional, *buffers}
-                    self._agree([name for name in saved if name not in known], known, "has")
-                    self._agree([name for name in set(buffers) - set(self.optional) - set(saved)
-                                 if buffers[name](p) is not None], saved)
+                    odd = set(saved) - {"step", "residual", *self.optional, *buffers}
+                    self._refuse("it has {}", sorted(odd & TELLING) if foreign else ())
+                    lacks = sorted(set(buffers) - set(self.optional) - set(saved))
+                    self._refuse("it lacks {}", (n for n in lacks if foreign or odd
+                                                 if buffers[n](p) is not None))
         return state_dict
 
-    def _agree(self, names, there, verb="lacks"):
-        """Refuse a checkpoint where one of the names is not there."""
+    def _refuse(self, why, names=("",)):
         for name in names:
-            if name not in there:
-                raise ValueError(f"not a checkpoint of {type(self).__name__} or its reference "
-                                 f"package: it {verb} {name}. Start anew from the weights, "
-                                 "without the other optimizer's state")
+            raise ValueError(f"not a checkpoint of {type(self).__name__} or its reference package: "
+                             f"{why.format(name)}. Start anew from the weights, without the other "
+                             "optimizer's state")
 
     def _strides(self, state_dict):
         """(index in the checkpoint, parameter, every how many entries are sampled)."""

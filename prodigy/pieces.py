@@ -180,7 +180,22 @@ def working_dtype(dtype):
 
 def residual(p):
     """A fresh residual: 2 bytes an entry beside bfloat16, 4 beside float16."""
-    return torch.zeros_like(p, dtype=torch.int16 if p.dtype == torch.bfloat16 else torch.float32)
+    return torch.zeros_like(p, dtype=residual_dtype(p))
+
+
+def residual_dtype(p):
+    return torch.int16 if p.dtype == torch.bfloat16 else torch.float32
+
+
+def keep_residual(s, name, p):
+    """The state s with a residual beside p under the name, or with none (p = None).
+
+    One of another dtype was left there by weights of another.
+    """
+    if p is None:
+        s.pop(name, None)
+    elif name not in s or s[name].dtype != residual_dtype(p):
+        s[name] = residual(p)
 
 
 def join(p, low):
@@ -191,6 +206,7 @@ def join(p, low):
         return p.each(join, low)
     if p.dtype != torch.bfloat16:
         return p.float() + low
+    low = torch.where(p == 0, low.clamp_min(0), low)  # below 0 is no number: p was set to 0
     high = p.view(torch.int16).to(torch.int32) << 16
     return (high + low).view(torch.float32)
 

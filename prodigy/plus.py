@@ -411,6 +411,12 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
         names = ("d_limiter", "use_speed", "beta4")
         return (*super()._growth(group), *(group[name] for name in names), group["betas"][0])
 
+    def _restore(self, p, key, value, stride=1):
+        """z is as wide as the step, or rounded at random like bfloat16 weights."""
+        value = super()._restore(p, key, value, stride)
+        rounded = value.dtype == p.dtype == torch.bfloat16
+        return value if key != "z" or rounded else value.to(working_dtype(p.dtype))
+
     def convert(self, state_dict):
         """2.0.1 counts from 1, keeps SPEED's numbers as floats and p0 of zeros as one number."""
         for group in state_dict["param_groups"]:  # there: of the step before

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .classical import wide_zeros
-from .optimizer import FLAGS, RANGES, Family, check, eagerly, given, keep_, known_zero, live, rate
-from .pieces import add_scaled_, ema_, join, larger, put_, ratio, rectify, residual, root
-from .pieces import smaller, toward_, where, working_dtype
+from .optimizer import FLAGS, RANGES, Family, check, eagerly, given, keep_, known_zero, live
+from .optimizer import rate
+from .pieces import WIDE, add_scaled_, ema_, join, keep_residual, larger, put_, ratio, rectify
+from .pieces import root, smaller, toward_, where, working_dtype
 from .shards import local
 from .wrapper import Wrapper, check_base
 
@@ -71,10 +72,11 @@ class ScheduleFree(Family):
         return {"train_mode": first["train_mode"]}
 
     def validate(self, group):
-        if self.beta(group) == 0 and not group.get("store_x"):
+        beta = ScheduleFree.beta(self, group)  # the argument, a float, not what it is by now
+        if beta == 0 and not group.get("store_x"):
             name = "momentum" if "momentum" in group else "betas[0]"
             raise ValueError(f"{name} = 0 (Polyak averaging) needs store_x=True: y alone is z")
-        if self.beta(group) == 1 and group.get("schedulefree_c"):
+        if beta == 1 and group.get("schedulefree_c"):
             raise ValueError("schedulefree_c with beta = 1 would never move x: pass 0 for one")
 
     def average(self, own, t, lr):
@@ -509,8 +511,7 @@ class ScheduleFreeWrapper(Wrapper, ScheduleFree):
             s["z"] = wide_clone(p)
             if own.get("store_x"):
                 s["x"] = wide_clone(p)
-            if p.dtype != working_dtype(p.dtype):
-                s["y_residual"] = residual(p)
+        keep_residual(s, "y_residual", None if p.dtype in WIDE else p)
 
     def _still(self, group, p):
         """[(tensor, its value now, whether it may move)], for a group whose lr is or may be 0."""

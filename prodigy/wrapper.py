@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .optimizer import Family, check_gradient
-from .pieces import finite
+from .pieces import WIDE, finite, residual_dtype
 from .shards import everywhere, gradient, local, part_of, present
 
 
@@ -37,8 +37,9 @@ class Wrapper(Family):
 
     def base_low(self, p):
         """The residual of a base of this family, which holds float32 beside bfloat16 p."""
-        own = isinstance(self.base, Family)
-        return local(self.base.state.get(p, {}).get("residual")) if own else None
+        own = isinstance(self.base, Family) and p.dtype not in WIDE
+        low = self.base.state.get(p, {}).get("residual") if own else None
+        return local(low) if low is not None and low.dtype == residual_dtype(p) else None
 
     def step_param(self, p, group):
         raise RuntimeError(f"{type(self).__name__} steps its base as a whole: call step()")

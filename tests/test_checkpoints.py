@@ -621,3 +621,84 @@ def test_load_hooks_run():
     assert calls == ["before", "after"]
     mine = fresh.state[fresh.param_groups[0]["params"][0]]["exp_avg"]
     assert torch.equal(mine, optimizer.state[params[0]]["exp_avg"] / 2)
+
+
+@pytest.mark.parametrize("case", [c for c in zoo.METHODS if "torch" not in c.name], ids=str)
+@pytest.mark.parametrize("dtypes", itertools.permutations(
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16], 2), ids=str)
+@pytest.mark.parametrize("how", ["load", "cast"])
+def test_a_run_goes_on_in_another_precision(case, dtypes, how):
+    """Nothing that stood beside weights of one dtype is taken for something of another."""
+    if how == "cast" and torch.float64 in dtypes:
+        return  # the averages are float32 then, as in torch.optim, which refuses the step too
+
+    def params_in(dtype):
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter((0.3 * torch.randn(s, generator=generator)).to(dtype))
+                for s in ((4, 3), (5,))]
+
+    params = params_in(dtypes[0])
+    optimizer = zoo.make(case, params)
+    walk(optimizer, params, range(4))
+    if how == "load":
+        others = params_in(dtypes[1])
+        with torch.no_grad():
+            for p, q in zip(others, params):
+                p.copy_(q)
+        fresh = zoo.make(case, others)
+        fresh.load_state_dict(optimizer.state_dict())
+    else:
+        fresh, others = optimizer, params
+        for p in params:
+            p.grad = None
+            p.data = p.data.to(dtypes[1])
+    before = torch.cat([p.detach().double().flatten() for p in others])
+    walk(fresh, others, range(4, 6))
+    after = torch.cat([p.detach().double().flatten() for p in others])
+    walk(optimizer, params, range(4, 6))
+    assert after.isfinite().all() and (after - before).abs().max() < 3
+
+
+def test_hooks_of_checkpoints_are_torchs():
+    """Post-hooks see, and may change, what is kept and what is returned."""
+    params = parameters()
+    optimizer = prodigy.Adam(params)
+    walk(optimizer, params, range(2))
+    fresh = prodigy.Adam(parameters())
+    fresh.register_load_state_dict_post_hook(
+        lambda loaded: [s.update(tag=1) for s in loaded.state.values()])
+    fresh.load_state_dict(optimizer.state_dict())
+    assert all(s["tag"] == 1 for s in fresh.state.values())
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved})
+    assert set(optimizer.state_dict()) == {"optimizer"}
+
+
+def test_a_count_of_steps_may_be_an_integer():
+    """As torch.optim saved it before 1.12, and others do."""
+    params, others = parameters(), parameters()
+    for build, ps in ((torch.optim.AdamW, params), (prodigy.AdamW, others)):
+        saved = torch.optim.AdamW(ps).state_dict()
+        old = torch.optim.AdamW(ps)
+        walk(old, ps, range(2))
+        saved = old.state_dict()
+        for s in saved["state"].values():
+            s["step"] = int(s["step"])
+        optimizer = build(ps)
+        optimizer.load_state_dict(saved)
+        walk(optimizer, ps, range(2, 4))
+    for p, q in zip(params, others):
+        torch.testing.assert_close(p, q)
+
+
+def test_an_option_changed_in_mid_run_does_not_lose_the_checkpoint():
+    for cls, name, value in ((prodigy.SGD, "momentum", 0.9), (prodigy.Adam, "amsgrad", True),
+                             (prodigy.Adam, "amsgrad", False), (prodigy.Prodigy, "betas", (0, 0.9)),
+                             (prodigy.ProdigyPlusScheduleFree, "factored", False)):
+        params, others = parameters(), parameters()
+        more = dict(amsgrad=not value) if name == "amsgrad" else {}
+        optimizer = cls(params, **more, **(dict(lr=0.1) if cls is prodigy.SGD else {}))
+        walk(optimizer, params, range(2))
+        optimizer.param_groups[0][name] = value
+        fresh = cls(others)
+        fresh.load_state_dict(optimizer.state_dict())
+        assert fresh.param_groups[0][name] == value

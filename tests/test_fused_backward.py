@@ -349,3 +349,21 @@ def test_a_beta_that_changes_is_followed_as_in_step(name):
         ends.append(net)
     for p, q in zip(ends[0].parameters(), ends[1].parameters()):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_a_hook_outlives_load_state_dict():
+    """torch.optim replaces the groups there; the hook was given one of the old ones."""
+    ends = []
+    for load in (False, True):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = prodigy.Prodigy([p], d0=1e-3)
+        for group in optimizer.param_groups:
+            p.register_post_accumulate_grad_hook(lambda q, g=group: optimizer.step_param(q, g))
+        if load:
+            optimizer.load_state_dict(optimizer.state_dict())
+        for _ in range(30):
+            optimizer.zero_grad()
+            (p - 1.5).square().sum().backward()
+            optimizer.step()
+        ends.append((p.tolist(), optimizer.get_d(), optimizer.param_groups[0]["k"]))
+    assert ends[0] == ends[1] and ends[1][2] == 30

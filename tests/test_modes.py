@@ -232,6 +232,37 @@ def test_a_compiled_step_notices_what_changes_under_it(name, fresh_compiler):
     assert zoo.error(ends[1], ends[0]) < 1e-9
 
 
+def test_a_compiled_step_takes_a_gradient_in_its_parameters_memory(fresh_compiler):
+    ends = []
+    for compile in (False, True):
+        p = torch.nn.Parameter(torch.ones(3, 4))
+        optimizer = prodigy.AdamW([p], compile=compile)
+        p.grad = p.detach()
+        optimizer.step()
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy", "SGDScheduleFree"])
+def test_compiled_equals_loop_beside_float16_weights(name, fresh_compiler):
+    """What rounding drops is kept: Inductor would make x - (x rounded) 0."""
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64).half())
+        optimizer = getattr(prodigy, name)([p], compile=compile,
+                                           **({} if name == "Prodigy" else dict(lr=1e-4)))
+        for _ in range(60):
+            p.grad = (p.detach().float() - 3).half()
+            optimizer.step()
+        s = optimizer.state[p]
+        assert s["residual"].any()
+        ends.append(p.detach().float() + s["residual"])
+    torch.manual_seed(0)
+    moved = (ends[0] - torch.randn(64).half().float()).norm()
+    assert (ends[1] - ends[0]).norm() < 0.01 * moved  # gradients in float16 magnify rounding
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Prodigy", "SGDScheduleFree"])
 def test_compiled_equals_loop_beside_bfloat16_weights(name, fresh_compiler):
     ends = []

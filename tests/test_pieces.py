@@ -277,6 +277,7 @@ def test_join_and_store_are_exact_for_every_bfloat16_number_and_every_residual_b
     p = every_bfloat16()
     for offset in (0, 1, -1, 37, -12345, 2**15 - 1, -(2**15)):
         low = torch.full_like(p, offset, dtype=torch.int16)
+        low[p == 0] = max(offset, 0)  # nothing that rounds to 0 leaves less
         x = pieces.join(p, low)
         keep = x.isfinite()
         q, new = torch.zeros_like(p), pieces.residual(p)
@@ -401,3 +402,15 @@ def test_pairs_and_tensors():
     with pytest.raises(TypeError, match="weight_decay"):
         check("weight_decay", torch.tensor(0.1))
     check("betas", (1.0, 0.9), {"betas[0]": "[0, 1]"})
+
+
+def test_a_bfloat16_weight_that_was_set_to_zero_is_zero_or_next_to_it():
+    """Whatever the residual was: masks, clamp_ and zero_ write to p alone."""
+    low = torch.tensor([5, 0, -5, -(2**15), 2**15 - 1], dtype=torch.int16)
+    for zero in (torch.zeros(5), -torch.zeros(5)):
+        x = pieces.join(zero.bfloat16(), low)
+        assert x.isfinite().all() and x.abs().max() < 1e-38
+    tiny = torch.tensor([1e-41, -1e-41, 3e-45])  # what rounds to 0 comes back as it was
+    p, low = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int16)
+    pieces.store_(p, tiny, low)
+    assert torch.equal(pieces.join(p, low), tiny) and not p.any()
