@@ -151,7 +151,7 @@ def check(name, value, ranges={}, read=True):
 
 
 def once(method):
-    """A method ``f(self, group)`` of what all groups share, asked once for all of their scalars."""
+    """A method ``f(self, group)`` of what groups share, asked once for all of their scalars."""
 
     @functools.wraps(method)
     def run(self, group):
@@ -711,7 +711,7 @@ class Family(torch.optim.Optimizer):
                 hook.remove()
 
     def _read(self, state_dict):
-        """A checkpoint (a copy) in this class's own form; ValueError for that of another method."""
+        """A checkpoint (a copy) in this class's own form; ValueError for another method's."""
         groups = state_dict["param_groups"]
         foreign = any("nonfinite" not in group for group in groups)
         names = [group.pop("method", None) for group in groups]
@@ -724,7 +724,9 @@ class Family(torch.optim.Optimizer):
         if foreign:
             state_dict = self.convert(state_dict)
             log.info("%s: converted a checkpoint of the reference package", type(self).__name__)
-        for theirs, mine in zip(state_dict["param_groups"], () if any(names) else self.param_groups):
+        if any(names):
+            return state_dict
+        for theirs, mine in zip(state_dict["param_groups"], self.param_groups):
             buffers = self.buffers({**mine, **theirs, "params": mine["params"]})
             for i, p in zip(theirs["params"], mine["params"]):
                 if saved := state_dict["state"].get(i):
@@ -737,9 +739,9 @@ class Family(torch.optim.Optimizer):
 
     def _refuse(self, why, names=("",)):
         for name in names:
-            raise ValueError(f"not a checkpoint of {type(self).__name__} or its reference package: "
-                             f"{why.format(name)}. Start anew from the weights, without the other "
-                             "optimizer's state")
+            raise ValueError(f"not a checkpoint of {type(self).__name__} or its reference "
+                             f"package: {why.format(name)}. Start anew from the weights, without "
+                             "the other optimizer's state")
 
     def _strides(self, state_dict):
         """(index in the checkpoint, parameter, every how many entries are sampled)."""
@@ -776,7 +778,7 @@ class Family(torch.optim.Optimizer):
 
 
 def plain(value):
-    """A number of Python's in the place of numpy's, which torch.load(weights_only=True) refuses."""
+    """A number of Python's for one of numpy's, which torch.load(weights_only=True) refuses."""
     if isinstance(value, (tuple, list)):
         return tuple(map(plain, value))
     foreign = isinstance(value, Real) and type(value) not in (int, float, bool)

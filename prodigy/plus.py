@@ -62,7 +62,8 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
     ``use_focus`` averages the weights, bias corrected (there d_k^2 times them, so that all is
     drawn to 0); with ``use_adopt`` an entry's first gradient only fills its second moment, also
     where it comes later (there it moves by g/eps); ``split_groups_mean`` leaves out groups that
-    do not move; ``use_cautious`` without Schedule-Free masks the average (there the step goes uphill);
+    do not move; ``use_cautious`` without Schedule-Free masks the average (there the step goes
+    uphill); a missing gradient counts as in :class:`Prodigy`;
     orthograd of one entry is 0 (there amplified rounding); ``use_adopt`` without Schedule-Free
     averages d g over its denominator (there g over it, times d: a step of d^2, and d stays at
     d0); groups that share d may have any lr ratios; float64 stays float64; nothing is printed.
@@ -94,8 +95,10 @@ class ProdigyPlusScheduleFree(ScheduleFree, Estimator):
             whenever r sets a record, in which <g, x0 - z> is a running average over the largest
             ||x0 - z||_1 so far and the largest (1 + ||x0 - z||)^2.
         stochastic_rounding (bool): bfloat16 weights (and z) are rounded at random, E[p] = x, with
-            noise seeded by the step, and x0 - z is summed up from the moves before rounding, so
-            that the noise does not reach d; False keeps 16 more bits (see pieces.residual).
+            noise seeded by the step (where compiled or capturable, by torch's own generator, so
+            that such a run resumes with other noise), and x0 - z is summed up from the moves
+            before rounding, so that the noise does not reach d; False keeps 16 more bits (see
+            pieces.residual).
         fused_back_pass (bool): accepted; ``step_param`` works without it.
         use_cautious (bool): C-Optim (2411.16085). use_grams (bool): Grams (2412.17107).
         use_adopt (bool): the denominator before this gradient: ADOPT (2411.02853).

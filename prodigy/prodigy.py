@@ -33,7 +33,9 @@ class Prodigy(Estimator):
 
     r and s are kept divided by :math:`d_0` and without the box's common factor :math:`1-\beta_3`.
     Departures from prodigyopt 1.1.2: the denominator has eps d_k as in the box, not eps d_{k+1};
-    a step whose gradients are all zero counts as a step; groups may differ in every argument.
+    a step whose gradients are all zero counts as a step; a tensor without a gradient counts in r
+    and s with a gradient of zero (there ||s||_1 leaves it out, and d may exceed D); groups may
+    differ in every argument but split_groups and, where they share d, d0.
 
     Args:
         params: tensors, named tensors or parameter groups. A group with lr = 0 is frozen.

@@ -338,8 +338,8 @@ class PolyakStep(ScheduleFree):
     that lr_g acts as a diagonal change of the norm. A method adds ``square(g, s, h)``. The loss is
     that of the gradient: where gradients of several batches are added up, the closure returns the
     same sum of their losses (Lightning's returns the last one). On several processes f is the mean
-    of their losses: it is taken here over the mesh of DTensors (FSDP2), while under DDP the closure
-    must return it.
+    of their losses: it is taken here over the mesh of DTensors (FSDP2), while under DDP the
+    closure must return it.
     """
 
     estimates = ("size", "weight_sum", "lr_max", "scheduled_lr")

@@ -353,8 +353,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("saver", OTHERS)
-@pytest.mark.parametrize("loader", ["AdamW", "RMSprop", "Prodigy", "DAdaptSGD", "DAdaptAdam", "DoG",
-                                    "COCOB", "AdamWScheduleFree", "SGDScheduleFree",
+@pytest.mark.parametrize("loader", ["AdamW", "RMSprop", "Prodigy", "DAdaptSGD", "DAdaptAdam",
+                                    "DoG", "COCOB", "AdamWScheduleFree", "SGDScheduleFree",
                                     "ScheduleFreePolyak", "ProdigyPlusScheduleFree"])
 def test_a_checkpoint_of_another_method_is_refused(saver, loader):
     """Unless it is of the same class, its reference, or of one that keeps the same tensors."""
@@ -692,7 +692,8 @@ def test_a_count_of_steps_may_be_an_integer():
 
 def test_an_option_changed_in_mid_run_does_not_lose_the_checkpoint():
     for cls, name, value in ((prodigy.SGD, "momentum", 0.9), (prodigy.Adam, "amsgrad", True),
-                             (prodigy.Adam, "amsgrad", False), (prodigy.Prodigy, "betas", (0, 0.9)),
+                             (prodigy.Adam, "amsgrad", False),
+                             (prodigy.Prodigy, "betas", (0, 0.9)),
                              (prodigy.ProdigyPlusScheduleFree, "factored", False)):
         params, others = parameters(), parameters()
         more = dict(amsgrad=not value) if name == "amsgrad" else {}

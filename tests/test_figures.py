@@ -1,7 +1,11 @@
 """Figures: the same bytes every time, one distinct colour per method, words for every picture."""
+import ast
+import json
 import random
+import re
 import xml.etree.ElementTree as ElementTree
 from itertools import combinations
+from pathlib import Path
 
 import matplotlib.colors
 import matplotlib.pyplot as plt
@@ -174,6 +178,50 @@ def test_every_method_has_a_colour():
         assert matplotlib.colors.is_color_like(figures.colour(name))
     with pytest.raises(ValueError, match="no colour for method 'Lion'"):
         figures.colour("Lion")
+
+
+# ------------------------------------------------------------------ committed tables
+COMMITTED = Path(__file__).resolve().parents[1] / "figures"
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.csv")), ids=lambda path: path.stem)
+def test_an_axis_that_counts_counts(path):
+    """A column of the same name, such as that of the schedule "step", can take an axis's place."""
+    axis = pd.read_csv(path).iloc[:, 0]
+    if {"step", "round", "epoch", "age", "t", "T"} & set(axis.name.split()):
+        assert axis.is_monotonic_increasing and axis.is_unique, axis.name
+
+
+def test_the_tour_quotes_its_table():
+    """To the digits given, where the notebook's own check, on any processor, is by the errors."""
+    path = COMMITTED.parent / "notebooks" / "00_start_here.ipynb"
+    cells = {cell["id"]: cell for cell in json.loads(path.read_text())["cells"]}
+    prose = "".join(line for cell in cells.values() for line in cell["source"]
+                    if cell["cell_type"] == "markdown")
+    mean = pd.read_csv(COMMITTED / "00_start_here_accuracy.csv").set_index(
+        ["knob", "method", "factor"]).sort_index()["mean"]
+    assigned = {node.targets[0].id: node.value
+                for node in ast.parse("".join(cells["tour17"]["source"])).body
+                if isinstance(node, ast.Assign)}
+    quoted = ast.literal_eval(assigned["quoted"])
+    for method, factor, number, *knob in quoted:
+        digits = len(str(number).partition(".")[2]) - (number == 30)
+        assert round(mean[(*knob, "lr")[0], method, factor], digits) == number, method
+    assert set(re.findall(r"([\d.]+) %", prose)) == {str(row[2]) for row in quoted}
+
+    spread = max(np.ptp(mean["d0", name]) for name in ("Prodigy", "DAdaptAdam", "DAdaptSGD"))
+    assert round(spread) == 1 and "move by about one point at most" in prose
+    near = np.ptp(mean["lr", "Prodigy"][[0.1, 1, 10]])
+    assert near < 2 and "Prodigy stays within two points" in prose
+    best = mean["lr"].groupby("method").idxmax()
+    at_the_end = {method for method, factor in best if factor == 100}
+    assert at_the_end == {"SGD", "RAdamScheduleFree"}
+    assert "SGD and Schedule-Free RAdam are best at a hundred times their defaults" in prose
+    printed = "".join(cells["tour17"]["outputs"][0]["text"])
+    times = {name: round(float(number)) for name, number in
+             re.findall(r"(\w+): .* d is (\S+) times d", printed)}
+    assert (f"Prodigy's $d$ ends {times['Prodigy']} times larger, "
+            f"D-Adapt Adam's {times['DAdaptAdam']} times") in prose
 
 
 # ------------------------------------------------------------------ published numbers

@@ -2,6 +2,7 @@
 
 import json
 import re
+import symtable
 from pathlib import Path
 
 import nbformat
@@ -91,6 +92,18 @@ def test_closes_with_checks(path):
     headings = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     assert any(re.search(r"^#+ Checks", source, re.MULTILINE) for source in headings)
     assert any(cell.source.count("assert ") >= 3 for cell in code_cells(notebook))
+
+
+@every_notebook
+def test_no_cell_overwrites_a_parameter(path):
+    """The checks that follow would ask the new value whether the run was the committed one."""
+    notebook = read(path)
+    names = set(reproduce.parameters(notebook)) - {"device"}  # "auto" becomes what it stands for
+    cells = [c for c in code_cells(notebook) if "parameters" not in c.metadata.get("tags", ())]
+    for cell in cells:
+        source = re.sub(r"(?m)^[%!].*$", "", cell.source)
+        symbols = symtable.symtable(source, path.stem, "exec").get_symbols()
+        assert not names & {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
 
 
 @every_notebook

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the distance moved
 
 
 class ReferenceWide(Reference):
-    """2.0.1 with p0 and s in the dtype of the weights, and FOCUS with the average of the weights."""
+    """2.0.1 with p0 and s in the dtype of the weights, and FOCUS's average of the weights."""
 
     def update_second_moment(self, state, group, grad, beta2, w, return_denom=True,
                              denom_before_update=False):
@@ -347,7 +347,7 @@ def test_departure_plus_orthograd_one_entry():
 
 
 def run_of(build, gradients, groups=1, **options):
-    """The optimizer and its parameters (of four zeros) after steps with a row of gradients each."""
+    """The optimizer and its parameters, of four zeros, after steps with these gradients."""
     params = [torch.nn.Parameter(torch.zeros(4)) for _ in gradients[0]]
     deal = [{"params": params}] if groups == 1 else [{"params": [p]} for p in params]
     optimizer = quietly(build, deal, **options)

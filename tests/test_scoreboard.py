@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from prodigy.lab import published, scoreboard
+from prodigy.lab import images, published, scoreboard
 
 TABLE = scoreboard.committed()
 README = (scoreboard.FIGURES.parent / "README.md").read_text()
@@ -35,9 +35,28 @@ def test_every_row_is_a_number_or_a_reason():
     missing = TABLE.here.isna()
     assert TABLE.note[missing].str.startswith(("not ", "no published")).all()
     far = TABLE.in_se.abs() > 2
-    assert far.any() and TABLE.note[far].str.startswith(("agrees at", "open, see")).all()
+    assert far.any() and TABLE.note[far].str.startswith(("reached at", "open, see")).all()
     assert TABLE.notebook[~missing].ne("").all() and TABLE.device[~missing].ne("").all()
     assert not TABLE.duplicated(["paper", "item", "what"]).any()
+
+
+def test_what_cannot_be_compared_says_so():
+    short = TABLE[TABLE.scale == "shortened"]
+    assert len(short) == 8 and short.note.str.startswith("another ").all()
+    drawn = pd.read_csv(scoreboard.FIGURES / "43_cifar10_methods.csv")
+    weights = sum(p.numel() for p in images.NETWORKS[drawn.model[0]]().parameters())
+    size = f"another network ({weights:,} weights, {drawn.rows[0]:,} images)"
+    assert short.note[short.notebook == "43_cifar10"].str.startswith(size).sum() == 6
+    wide = TABLE.what.str.contains("WRN-16-8")
+    assert wide.sum() == 5 and TABLE.note[wide].str.endswith("WRN-16-8 is not implemented").all()
+    assert not any(name.startswith("wrn") for name in images.NETWORKS)
+
+
+def test_what_was_only_seen_in_a_picture_is_no_published_number():
+    seen = TABLE[TABLE.item == "Fig. 7"]
+    flat = (seen.paper == scoreboard.DADAPTATION) & seen.what.str.endswith("over d0")
+    assert flat.sum() == 6 and seen.published[flat].isna().all()
+    assert (seen.note[flat] == "published: flat lines").all()
 
 
 def test_every_published_table_is_in_it_whole():

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import prodigy
 from prodigy.lab import grid as lab
-from prodigy.lab import train
+from prodigy.lab import runs, train
 from prodigy.lab.data import load
 from prodigy.lab.grid import GridError, described, fingerprint, grid
 
@@ -253,3 +254,18 @@ def test_without_dask_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match=r"scheduler needs Dask: pip install"):
         grid(abs, {}, scheduler="tcp://127.0.0.1:1")
+
+
+def test_a_finished_run_is_known_by_its_key(tmp_path):
+    """Whatever numbers, texts or None it is made of, also after the way through the file."""
+    keys = [dict(lr=lr, name=name, C=None) for lr in (1 / 3, 2.0**-20) for name in ("001", "1e3")]
+    calls = []
+
+    def trained(key):
+        calls.append(key)
+        return pd.DataFrame({"loss": [1 / 7]})
+
+    first, again = (runs.collect(trained, keys, tmp_path / "runs.csv") for _ in range(2))
+    assert len(calls) == len(keys) == len(first) == len(again)
+    assert again["lr"].tolist() == [key["lr"] for key in keys]
+    assert again["name"].tolist() == [key["name"] for key in keys]

@@ -159,7 +159,8 @@ def test_d_stays_below_D():
                for problem, t in dual_averaging_runs())
     for problem in lipschitz_problems():
         start = dict(d0=1.5 * problem.D)
-        both = [dict(option=option, **guard) for option in (1, 2) for guard in ({}, dict(G=problem.G))]
+        guards = ({}, dict(G=problem.G))
+        both = [dict(option=option, **guard) for option in (1, 2) for guard in guards]
         beyond = [textbook.dadapt_dual_averaging(problem.grad, problem.x0, 300, **start, **given)
                   for given in both]
         beyond.append(textbook.dadapt_gd(problem.grad, problem.x0, 300, **start, G=problem.G))

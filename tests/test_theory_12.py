@@ -83,6 +83,16 @@ def test_forms_of_momentum():
         assert close((damped[-2] - damped[-1]) / lr, weights @ g[:20])
         assert not close((damped[-2] - damped[-1]) / lr, plain)
 
+    def late(k):  # a step 0 moves nothing and is remembered: no momentum of the ball does that
+        return 0.1 * min(k, 1)
+
+    line = problems.quadratic([1.0], x0=[1.0])
+    torchs = run_torch(line.grad, line.x0, 2, late, momentum=0.9)
+    assert torchs[:, 0].tolist() == pytest.approx([1, 1, 0.81])
+    for beta in (*BETAS, 0.9):
+        ball = textbook.heavy_ball(line.grad, line.x0, 2, lr=late, beta=beta).x
+        assert ball[:, 0].tolist() == pytest.approx([1, 1, 0.9])
+
 
 def test_damped_units():
     for problem in smooth_problems():
@@ -193,9 +203,14 @@ def test_nesterov_rates():
             assert max(seen) == pytest.approx(rate, abs=1e-7)
         for other in around(alpha, beta):
             assert worst("nesterov", *other, kappa) > 1 - 2 / u
+        for h in np.linspace(1 / kappa, 1, 20)[1:-1]:  # complex from the critical value up to 1
+            low = (1 - kappa**-0.5) / (1 + kappa**-0.5)
+            for other in np.linspace(low, 1, 9)[:-1]:
+                assert rho("nesterov", h, other) == pytest.approx((other * (1 - h))**0.5)
         for other in np.linspace(0, 1, 300):
             assert rho("nesterov", 1 / kappa, other) > 1 - kappa**-0.5 - 1e-12
         assert 1 - kappa**-0.5 > 1 - 2 / u > q
+        assert rho("nesterov", 0.5, 10.0) > 1.2 * 5**0.5  # and not complex for every beta above 1
 
         s, grid = 1 - 2 / u, np.linspace(0, (u - 2) / (u + 2), 100)  # F of the proof
         F = ((1 + s) * (s + grid) * (s - grid * (1 - s))

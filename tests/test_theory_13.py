@@ -175,12 +175,13 @@ def test_constant_is_attained(gamma):
 
 # ------------------------------------------------------------------ 3. sparse features
 def sparse_features(chance, T, repeats, seed=0):
-    """Proposition 6: E sum_i sqrt(v_T,i) from samples with its error, and sum_i sqrt(T p_i)."""
+    """Proposition 6: both means from samples, each with its error and its bound."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.as_tensor(chance, dtype=torch.float64).expand(repeats, -1)
     seen = torch.stack([torch.binomial(torch.full_like(p, T), p, generator=generator)])[0]
-    sums = seen.sqrt().sum(1)
-    return sums.mean(), sums.std() / repeats**0.5, (T * p[0]).sqrt().sum()
+    both = ((seen.sqrt().sum(1), (T * p[0]).sqrt().sum()),
+            (seen.sum(1).sqrt(), (T * p[0]).sum().sqrt()))
+    return [(sums.mean(), sums.std() / repeats**0.5, bound) for sums, bound in both]
 
 
 def test_sparse_features():
@@ -188,17 +189,26 @@ def test_sparse_features():
         i = torch.arange(1, p + 1, dtype=torch.float64)
         for power in (0.0, 1.0, 2.0):
             chance = 0.5 * i**-power
-            mean, error, bound = sparse_features(chance, 100_000, 200)
-            assert mean - 5 * error <= bound
-            assert mean > bound / 2
+            for mean, error, bound in sparse_features(chance, 100_000, 200):
+                assert mean - 5 * error <= bound
+                assert mean > bound / 2
             ratio = 2**0.5 * chance.sqrt().sum() / (p * chance.sum()).sqrt()
             assert ratio <= 2**0.5 + 1e-12
         ratio = 2**0.5 * i.reciprocal().sum() / (p * (i**-2).sum()).sqrt()
         bound = 2**0.5 * (1 + math.log(p)) / p**0.5
         assert bound / 2 < ratio <= bound
-    alone = torch.ones(50, 200, dtype=torch.float64)  # 200 dense coordinates, one of them to move
-    adagrad_side = 2**0.5 * alone.square().sum(0).sqrt().sum()
-    assert adagrad_side / alone.square().sum().sqrt() == pytest.approx((2 * 200)**0.5)
+    p, start = 200, torch.zeros(200, dtype=torch.float64)
+    start[0] = 1.0  # one coordinate to move, u = 0; the box keeps all as near as this one starts
+
+    def quotient(gradients, low=-1.0, high=1.0):
+        x, g = rounds(adagrad(2**-0.5), lambda t, x: gradients[t - 1], start, 50, low, high)
+        v = g.square().sum(0)
+        return 2**0.5 * x[:-1].abs().max() * v.sqrt().sum() / (start.norm() * v.sum().sqrt())
+
+    signs = torch.sign(problems.gaussian((50, p), 0))
+    assert quotient(signs) == pytest.approx((2 * p)**0.5)
+    assert quotient(problems.gaussian((50, p), 0)) < (2 * p)**0.5 * (1 - 1e-4)
+    assert quotient(signs, -torch.inf, torch.inf) > 1.5 * (2 * p)**0.5  # farther: beyond it
 
 
 # ------------------------------------------------------------------ 4. why its rate dies

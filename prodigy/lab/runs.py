@@ -34,9 +34,10 @@ def collect(train, keys, path=None, device="cpu", *, jobs=1):
         of the keys.
     """
     path, device = path and Path(path), torch.device(device)
-    texts = {column: str for key in keys for column, a in key.items() if isinstance(a, str)}
+    kinds = {str: str, float: lambda text: float(text or "nan")}  # read_csv rounds floats
+    read = {column: kinds[type(a)] for key in keys for column, a in key.items() if type(a) in kinds}
     known = path and path.is_file()
-    table = pd.read_csv(path, dtype=texts, float_precision="round_trip") if known else pd.DataFrame()
+    table = pd.read_csv(path, converters=read) if known else pd.DataFrame()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     todo = [key for key in keys if not (len(table) and len(rows_of(table, key)))]
     ended = joblib.Parallel(jobs, return_as="generator")(map(joblib.delayed(train), todo))
