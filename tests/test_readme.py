@@ -100,8 +100,9 @@ def test_what_a_value_that_is_reached_at_some_rate_is_worth():
         counts = decay.groupby("lr").set.nunique()
         return list(counts.index[counts == 6])
 
-    assert (f"of the {len(reached(0))} values of Fig. 8 below 100, {reached(0).sum()} are reached, "
-            f"and were all of them a point lower, {reached(-1).sum()} would be") in README
+    true, lower = reached(0), reached(-1)
+    assert (f"of the {len(true)} values of Fig. 8 below 100, {true.sum()} are reached, and were "
+            f"all of them a point lower, {lower.sum()} would be") in README
     assert "one rate, 64, fits all six values of linear decay" in README and one_rate(0) == [64]
     assert one_rate(0.5) == one_rate(-0.5) == []
 

@@ -35,7 +35,8 @@ def collect(train, keys, path=None, device="cpu", *, jobs=1):
     """
     path, device = path and Path(path), torch.device(device)
     kinds = {str: str, float: lambda text: float(text or "nan")}  # read_csv rounds floats
-    read = {column: kinds[type(a)] for key in keys for column, a in key.items() if type(a) in kinds}
+    read = {column: kinds[type(a)] for key in keys for column, a in key.items()
+            if type(a) in kinds}
     known = path and path.is_file()
     table = pd.read_csv(path, converters=read) if known else pd.DataFrame()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
