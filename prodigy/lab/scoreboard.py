@@ -6,6 +6,7 @@ A row is one published number, or one figure that was not run, with the reason. 
 from the CSV that the notebook left in `figures/`; from its full-scale run where there is one.
 """
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -233,8 +234,9 @@ def insert(readme, table):
     return f"{before}{START}\n\n{markdown(table)}\n\n{END}{after}"
 
 
-def main():
-    """Write figures/scoreboard.csv and the README's table."""
+def main(arguments=None):
+    """Write figures/scoreboard.csv and the README's table; returns the exit code."""
+    argparse.ArgumentParser(description=main.__doc__.split(";")[0]).parse_args(arguments)
     path, readme = FIGURES / "scoreboard.csv", FIGURES.parent / "README.md"
     scoreboard().to_csv(path, index=False, float_format="%.12g", lineterminator="\n")
     table = committed()
