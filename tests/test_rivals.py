@@ -732,7 +732,7 @@ def test_resetting_where_something_takes_no_part(how):
             optimizer.param_groups[1]["lr"].fill_(0.0 if absent else 1.0)
         before = optimizer.get_d(), v.detach().clone()
         optimizer.step()
-        moves.append(float((v - before[1]).abs()))
+        moves.append(float((v.detach() - before[1]).abs()))
         if optimizer.get_d() > before[0]:  # all sums are cleared, at the latest in the next step
             ends.append(float(optimizer.state[v]["s"]) * float(
                 optimizer.param_groups[-1].get("fresh", 1.0)))
