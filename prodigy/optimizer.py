@@ -678,7 +678,7 @@ class Family(torch.optim.Optimizer):
             for name, value in group.items():
                 if isinstance(value, Tensor):
                     group[name] = copies.setdefault(id(value), value.clone())
-            group["method"] = type(self).__name__
+            group["method"] = self._method()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
@@ -715,7 +715,7 @@ class Family(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         foreign = any("nonfinite" not in group for group in groups)
         names = [group.pop("method", None) for group in groups]
-        mine = {type(self).__name__, *ALIKE.get(type(self).__name__, ())}
+        mine = {self._method(), *ALIKE.get(self._method(), ())}
         if odd := [name for name in names if name and name not in mine]:
             self._refuse(f"it is one of {odd[0]}")
         for theirs, mine in zip(groups, self.param_groups):
@@ -736,6 +736,11 @@ class Family(torch.optim.Optimizer):
                     self._refuse("it lacks {}", (n for n in lacks if foreign or odd
                                                  if buffers[n](p) is not None))
         return state_dict
+
+    def _method(self):
+        """The class's name, or of the class of this package that it was derived from elsewhere."""
+        home = [c for c in type(self).__mro__ if c.__module__.split(".")[0] == __package__]
+        return home[0].__name__
 
     def _refuse(self, why, names=("",)):
         for name in names:

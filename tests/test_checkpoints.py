@@ -690,6 +690,19 @@ def test_a_count_of_steps_may_be_an_integer():
         torch.testing.assert_close(p, q)
 
 
+def test_a_class_derived_elsewhere_shares_checkpoints_with_its_base():
+    class Mine(prodigy.Prodigy):
+        pass
+
+    for build, other in ((Mine, prodigy.Prodigy), (prodigy.Prodigy, Mine)):
+        params = parameters()
+        optimizer = build(params)
+        walk(optimizer, params, range(2))
+        other(parameters()).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="it is one of DoG"):
+        prodigy.DoWG(params).load_state_dict(prodigy.DoG(params).state_dict())
+
+
 def test_an_option_changed_in_mid_run_does_not_lose_the_checkpoint():
     for cls, name, value in ((prodigy.SGD, "momentum", 0.9), (prodigy.Adam, "amsgrad", True),
                              (prodigy.Adam, "amsgrad", False),
