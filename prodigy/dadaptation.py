@@ -24,8 +24,8 @@ class Estimator(Family):
     variables u = x / rho_g (u = x / sqrt(rho_g) for SGD) turns them into one problem of one rate,
     so their sums add up after a factor of rho_g that each ``observe`` puts where it belongs.
     A group with lr = 0, or without gradients in this step, is left out of both sums; a tensor
-    without one in a group that has some counts with a gradient of zero, and d <= D holds on. What
-    is shared starts from one d0.
+    without one in a group that has some counts with a gradient of zero, so that what is proved of
+    d holds on. What is shared starts from one d0.
     """
 
     remembers = True

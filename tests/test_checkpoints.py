@@ -655,7 +655,6 @@ def test_a_run_goes_on_in_another_precision(case, dtypes, how):
     before = torch.cat([p.detach().double().flatten() for p in others])
     walk(fresh, others, range(4, 6))
     after = torch.cat([p.detach().double().flatten() for p in others])
-    walk(optimizer, params, range(4, 6))
     assert after.isfinite().all() and (after - before).abs().max() < 3
 
 
